@@ -1,12 +1,15 @@
 """Measure how `kto-precompute` plans: read, check, render, tokenize and pair.
 
-    python benchmarks/planning.py [--rows 10000 100000 1000000] [--data FILE] [--check]
+    python benchmarks/planning.py [--rows 10000 100000 1000000] [--data FILE] [--readers N] [--check]
 
 Without --data, rows are conversations of one to three exchanges (see workload.py), each with its own prompt. The
 tokenizer is a BPE of 16,000 tokens, trained on some of the rows, with a chat template. Each size is planned in a
 process of its own. Its memory is the peak of its anonymous memory, beyond the imports and the tokenizer; mapped files
 are left out, since the system takes their pages back when it needs them. With several sizes the growth is fitted:
 seconds and bytes as powers of the rows, and bytes as a line.
+
+--readers N plans every size three times: on one core; in one process, whose tokenizer uses all cores; and with N processes
+that read. Their CPU seconds are included, and so is their start.
 """
 
 from __future__ import annotations
@@ -98,8 +101,16 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def plan(model: str, data: str) -> None:
-    """Plan in this process, and print what it took as JSON."""
+def plan(model: str, data: str, readers: str) -> None:
+    """Plan in this process, and print what it took as JSON.
+
+    Args:
+        model, data: Paths.
+        readers: Number of processes that read; "0" for this process on one core.
+    """
+    if readers == "0":
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import transformers
 
     from offline_kto.precompute import plan as planning
@@ -109,7 +120,8 @@ def plan(model: str, data: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     cpu, start = cpu_seconds(), time.perf_counter()
     with sampled_peak() as peak:
-        made = planning.make_plan(PrecomputeConfig(model=model, data=data), tokenizer)
+        config = PrecomputeConfig(model=model, data=data, read_workers=max(1, int(readers)))
+        made = planning.make_plan(config, tokenizer, folder=Path(model))
         seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
         read = made.counts().read
     print(json.dumps(Planned(read, seconds, cpu, sum(seconds_of_pairing), peak[0])))
@@ -130,9 +142,9 @@ def timed(module: Any, name: str) -> list[float]:
     return seconds
 
 
-def planned(model: Path, data: Path, work: Path) -> Planned:
-    """Plan a file in a process of its own."""
-    words = [sys.executable, __file__, "--plan", str(model), str(data)]
+def planned(model: Path, data: Path, work: Path, readers: int = 1) -> Planned:
+    """Plan a file in a process of its own; see `plan`."""
+    words = [sys.executable, __file__, "--plan", str(model), str(data), str(readers)]
     done = subprocess.run(words, env=offline_env(work), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -171,13 +183,33 @@ def table(found: Sequence[Planned]) -> str:
     )
 
 
+def table_of_readers(model: Path, data: Path, work: Path, readers: int) -> str:
+    """Plan a file on one core, in one process and with several; return one line for each."""
+    ways = {"one core": 0, "one process": 1, f"{readers} processes that read": readers}
+    found = {name: planned(model, data, work, count) for name, count in ways.items()}
+    slowest = found["one core"].seconds
+    rows = [
+        [
+            name,
+            f"{one.rows:,}",
+            f"{one.seconds:.1f}",
+            f"{one.rows / one.seconds:,.0f}",
+            f"{one.cpu:.1f}",
+            f"{slowest / one.seconds:.2f}",
+        ]
+        for name, one in found.items()
+    ]
+    return text_table(["read by", "rows", "seconds", "rows a second", "CPU seconds", "times one core"], rows)
+
+
 def main() -> int:
     """Measure, print the table and the growth, and with --check return 1 if the largest size is slower than promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000], help="sizes of made-up data")
     parser.add_argument("--data", type=Path, help="plan this file instead")
+    parser.add_argument("--readers", type=int, help="compare one core, one process, and so many processes that read")
     parser.add_argument("--check", action="store_true", help="exit with 1 if it is slower than promised")
-    parser.add_argument("--plan", nargs=2, metavar=("MODEL", "DATA"), help=argparse.SUPPRESS)
+    parser.add_argument("--plan", nargs=3, metavar=("MODEL", "DATA", "READERS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plan:
         plan(*given.plan)
@@ -188,11 +220,18 @@ def main() -> int:
         work = Path(temporary)
         shape = dataclasses.replace(SMALL, vocabulary=16_000)
         model = make_workload(work / "workload", data=given.data, num_rows=2000, shape=shape, seed=0).model
-        if given.data:
+        if given.data and not given.readers:
             found.append(planned(model, given.data, work))
         for size in [] if given.data else sorted(set(given.rows)):
             data = write_rows(work / "rows.jsonl", itertools.islice(endless_rows(seed=0), size))
-            found.append(planned(model, data, work))
+            if given.readers:
+                print(table_of_readers(model, data, work, given.readers))
+            else:
+                found.append(planned(model, data, work))
+        if given.readers and given.data:
+            print(table_of_readers(model, given.data, work, given.readers))
+    if given.readers:
+        return 0
     print(table(found))
     if len(found) > 1:
         print(growth(found))

@@ -251,7 +251,7 @@ def predicted(quiet: Run, run: Run) -> Result:
             overhead_a_shard=quiet.overhead(),
             overhead_a_row=0.0,
             leader_seconds=0.0,
-            leader_a_row=0.0,
+            plan_a_row=0.0,
             flush=FLUSH_SECONDS,
             node_losses=0.0,
             join=None,

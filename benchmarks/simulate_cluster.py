@@ -31,8 +31,8 @@ TOKENS_A_ROW = 600.0
 OVERHEAD_A_ROW, OVERHEAD_A_SHARD = 0.35 / 4096, 0.1
 # Assumed: a rename and one line of bookkeeping on shared storage. A copy in a bucket takes ten times as long.
 LEADER_SECONDS = 0.01
-# Measured: the leader writes the plan file of 4,096 rows in 0.25 to 0.48 s of a core, before it hands out the shard.
-LEADER_A_ROW = 0.39 / 4096
+# Measured: a plan file of 4,096 rows takes 0.07 to 0.08 s of a core (plan_files.py). One core writes them.
+PLAN_A_ROW = 0.07 / 4096
 # Set by the program.
 FLUSH_SECONDS, MOST_LOSSES = 60.0, 3
 # Assumed: the imports, a model of 16 GB from shared storage, its hash. Imports alone take 8 to 15 s (measured).
@@ -56,8 +56,8 @@ class Job:
         rows_a_second: of one worker; `rate_spread` is the standard deviation of the workers' rates, as a share.
         startup: median time from the arrival of a worker's node, or its restart, until it can score;
             `startup_spread` is the standard deviation of its logarithm.
-        leader_seconds: the leader's time for one finished shard; `leader_a_row` is that for the plan file of a shard that
-            it hands out, divided by `leader_processes`. It handles one after the other.
+        leader_seconds: the leader's time for one finished shard. It handles one after the other.
+        plan_a_row: time for the plan file of a shard, which is written ahead of the workers, one file for each of them.
         node_losses: a node hour. The replacement arrives after `join`; with None there is none.
         worker_losses: a worker hour, on nodes that live on.
         deadly_shards: shards that end every worker halfway.
@@ -75,8 +75,7 @@ class Job:
     overhead_a_shard: float = OVERHEAD_A_SHARD
     overhead_a_row: float = OVERHEAD_A_ROW
     leader_seconds: float = LEADER_SECONDS
-    leader_a_row: float = LEADER_A_ROW
-    leader_processes: int = 1
+    plan_a_row: float = PLAN_A_ROW
     flush: float = FLUSH_SECONDS
     node_losses: float = LOSSES_A_NODE_HOUR
     worker_losses: float = 0.0
@@ -157,6 +156,7 @@ class Simulation:
         self._hits: Counter[int] = Counter()
         self._nodes: list[_Node] = []
         self._leader_free, self._promised, self._counted, self._over = 0.0, 0, 0, False
+        self._planner_free, self._taken = 0.0, deque[float](maxlen=job.workers)  # when the last plan files were taken
 
     def run(self) -> Result:
         """Simulate until every shard is done, or one stops the run.
@@ -212,17 +212,22 @@ class Simulation:
 
     def _ask(self, worker: _Worker) -> None:
         """Let a worker wait until the leader has a shard for it."""
-        self._at(self._leader_time(self._planning()), lambda: self._begin(worker))
+        self._at(self._handed_out(0.0), lambda: self._begin(worker))
 
-    def _planning(self) -> float:
-        """Return the leader's time for the plan file of a shard that it hands out next; none if all are promised."""
-        is_left, self._promised = len(self._queue) > self._promised, self._promised + 1
-        return self.job.leader_a_row * self.job.rows_a_shard / self.job.leader_processes if is_left else 0.0
-
-    def _leader_time(self, seconds: float) -> float:
-        """Return when the leader is done with something that takes so long, after what it has to do before."""
+    def _handed_out(self, seconds: float) -> float:
+        """Return when the leader hands out the next shard: after what it has to do before, which takes so long."""
         self._leader_free = max(self._leader_free, self.now) + seconds
+        is_left, self._promised = len(self._queue) > self._promised, self._promised + 1
+        if is_left:
+            self._leader_free = max(self._leader_free, self._planned())
+            self._taken.append(self._leader_free)
         return self._leader_free
+
+    def _planned(self) -> float:
+        """Return when the next plan file is written: begun when there was room for it, after those before."""
+        room = self._taken[0] if len(self._taken) == self.job.workers else 0.0
+        self._planner_free = max(self._planner_free, room) + self.job.plan_a_row * self.job.rows_a_shard
+        return self._planner_free
 
     def _begin(self, worker: _Worker) -> None:
         """Give a worker the first shard of the queue, whose plan file is written; without one it waits."""
@@ -257,7 +262,7 @@ class Simulation:
         self.result.useful += self._rows(shard) / worker.rate
         self.result.overhead += self._overhead()
         worker.shard = None
-        self._at(self._leader_time(self.job.leader_seconds + self._planning()), lambda: self._adopt(shard, worker))
+        self._at(self._handed_out(self.job.leader_seconds), lambda: self._adopt(shard, worker))
 
     def _adopt(self, shard: int, worker: _Worker) -> None:
         self.result.done[shard] += 1
@@ -427,7 +432,7 @@ def main() -> None:
     parser.add_argument(
         "--flush", type=float, default=FLUSH_SECONDS, help="seconds between flushes of scores; 0: never"
     )
-    parser.add_argument("--leader-processes", type=int, default=1, help="that write plan files")
+    parser.add_argument("--plan-seconds", type=float, default=4096 * PLAN_A_ROW, help="for the plan file of 4,096 rows")
     parser.add_argument("--seeds", type=int, default=3, help="runs of which the mean is printed")
     given = parser.parse_args()
     for rows in given.rows:
@@ -443,7 +448,7 @@ def main() -> None:
                 worker_losses=given.worker_losses,
                 join=given.join,
                 leader_seconds=given.leader_seconds,
-                leader_processes=given.leader_processes,
+                plan_a_row=given.plan_seconds / 4096,
                 flush=given.flush,
             )
             for size in given.rows_per_shard

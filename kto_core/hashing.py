@@ -50,11 +50,12 @@ def hex_ids(ids: np.ndarray) -> list[str]:
 
 def _hash_ids(*parts: np.ndarray) -> bytes:
     # Each part is preceded by its length: [1, 2] + [3] and [1] + [2, 3] differ.
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(len(part).to_bytes(8, "little"))
-        hasher.update(np.ascontiguousarray(part, dtype="<i4").tobytes())
-    return hasher.digest()[: ID.itemsize]
+    content = b"".join([one for part in parts for one in (len(part).to_bytes(8, "little"), _bytes_of(part))])
+    return hashlib.sha256(content).digest()[: ID.itemsize]
+
+
+def _bytes_of(ids: np.ndarray) -> bytes:
+    return np.asarray(ids, dtype="<i4").tobytes()
 
 
 def json_hash(value: object) -> str:

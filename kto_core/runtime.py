@@ -36,6 +36,13 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Return freed memory to the system, once, where glibc keeps it: pieces of an opened cache fit nothing that follows."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def use_expandable_segments() -> None:
     """Let torch's GPU allocator grow its segments, unless the user set it. Call before torch is imported.
 

@@ -87,6 +87,18 @@ def read_yaml(path: Path, *, foreign: bool = False) -> dict[str, object]:
         names = ", ".join(sorted(one.stem for one in _SHIPPED.glob("*.yaml") if not one.stem.startswith("accelerate")))
         hint = "" if foreign or path.exists() else f" Files that come with the package are given by name: {names}."
         raise ConfigError(f"{path}: cannot be read: {error}.{hint}") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, object]:
+    """Return the mapping in a YAML text.
+
+    Args:
+        path: of its file, for errors.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping.
+    """
     try:
         loader = _Loader(text)
         loader.name = str(path)

@@ -132,6 +132,11 @@ class PrecomputeConfig:
         "Processes that score, each on its own GPU (with --tensor-parallel, group of GPUs).  [default: all GPUs; on a CPU 1]",
         metavar="N",
     )
+    read_workers: int | None = option(
+        None,
+        "Processes that read large JSON Lines; 1 reads in this process.  [default: one for each core from 64 MiB on]",
+        metavar="N",
+    )
     cluster: str | None = option(
         None,
         "Ray cluster whose GPUs score, or with --device cpu its CPUs; nodes may join and leave.",
@@ -155,6 +160,7 @@ class PrecomputeConfig:
             ("rows_per_shard", 1),
             ("limit", 1),
             ("workers", 1),
+            ("read_workers", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)

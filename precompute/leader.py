@@ -6,11 +6,13 @@ there: three of those stop the run, because the shard itself may end its workers
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference, WorkerFields
 from offline_kto.kto_core.console import tell, warn
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.progress import Progress
+from offline_kto.precompute.plan_ahead import PlansAhead
 from offline_kto.precompute.worker import RefusedError
 from offline_kto.precompute.workers import (
     Answer,
@@ -38,7 +40,8 @@ class Leader:
         missing: numbers of the shards, in their order.
         out: folder of the cache, as workers see it.
         most: workers at once.
-        prepare: writes a shard's plan file, and returns the shards whose scores it awaits.
+        prepare: writes a shard's plan file, and returns the shards whose scores it awaits; called in other threads, ahead of
+            the workers: one file for each of them.
         finish: takes a shard that a worker has written.
         keep: called every few seconds.
         progress: over the tokens to score.
@@ -91,22 +94,27 @@ class Leader:
         Raises:
             KTOError: a worker reports one, or a shard was lost three times.
         """
-        while self._left:
-            open_shards = len(self._queue) + len(self._busy)
-            alive = self._workers.grow(max(1, min(self._most, open_shards)), self._refused.keys())
-            if not alive and self._refused:
-                raise next(iter(self._refused.values()))
-            self._hand_out()
-            starting = alive - len(self._idle) - len(self._busy)
-            self._progress.note(f"workers: {alive - starting} ready, {starting} starting, {self._lost} lost")
-            for event in self._workers.wait(_SECONDS_BETWEEN_LOOKS):
-                self._handle(event)
-            self._keep()
+        with PlansAhead(self._prepare) as plans:
+            while self._left:
+                open_shards = len(self._queue) + len(self._busy)
+                alive = self._workers.grow(max(1, min(self._most, open_shards)), self._refused.keys())
+                if not alive and self._refused:
+                    raise next(iter(self._refused.values()))
+                self._hand_out(plans)
+                plans.begin(islice(self._queue, alive))
+                starting = alive - len(self._idle) - len(self._busy)
+                self._progress.note(f"workers: {alive - starting} ready, {starting} starting, {self._lost} lost")
+                for event in self._workers.wait(_SECONDS_BETWEEN_LOOKS):
+                    self._handle(event)
+                self._keep()
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, plans: PlansAhead) -> None:
         while self._idle and self._queue:
             worker, index = self._idle.pop(0), self._queue.popleft()
-            self._awaited[index] = self._prepare(index)
+            awaited = plans.take(index)
+            if not awaited <= self._left:  # the scores of some were not there yet when the file was written
+                awaited = plans.take(index)
+            self._awaited[index] = awaited
             self.begun.add(index)
             self._busy[worker] = index
             self._told[worker] = 0

@@ -22,8 +22,7 @@ from offline_kto.kto_core.runtime import keep_freed_memory
 from offline_kto.kto_core.streams import encode_all
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, gpu_groups
-from offline_kto.precompute.engines.child import WatchedChannel, channel_to_parent
-from offline_kto.precompute.engines.process import ChildProcess
+from offline_kto.precompute.engines.child_process import ChildProcess, WatchedChannel, channel_to_parent
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.worker import (
     KEPT_ERRORS,
@@ -99,6 +98,10 @@ class LocalWorkers:
         self._node = socket.gethostname()
         self._children: dict[str, tuple[int, ChildProcess]] = {}  # by name, with the position of its GPUs
         self._started = 0
+
+    @property
+    def room(self) -> int:
+        return len(self._gpus)
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         taken = {slot for slot, _ in self._children.values()}

@@ -9,10 +9,12 @@ All tables are arrays over the sequences of the plan, so that a million rows tak
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
+from offline_kto.kto_core.equal_ids import EqualIds, IdIndex
+from offline_kto.kto_core.hashing import hex_ids
 from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.plan import Plan
 from offline_kto.precompute.score_files import ScoredFile, read_scores
@@ -38,19 +40,17 @@ class SequenceIds(NamedTuple):
 
 
 class Need(NamedTuple):
-    """The sequences of one shard, by id.
+    """The sequences of one shard, row by row; equal ones say the same.
 
     Attributes:
-        company: those that are scored together, in this order; some of them may have a score.
-        known: scores of sequences in `company`.
-        given: scores of other sequences.
-        awaited: for each other sequence without a score yet, the shard that scores it.
+        in_company: bool; whether a sequence is scored together with the others for which this is true.
+        scores: in company or not; None for those without one.
+        awaited: the shards that score the others without a score.
     """
 
-    company: dict[str, TokenIds]
-    known: dict[str, np.ndarray]
-    given: dict[str, np.ndarray]
-    awaited: dict[str, int]
+    in_company: np.ndarray
+    scores: list[np.ndarray | None]
+    awaited: set[int]
 
 
 class Needs:
@@ -84,8 +84,8 @@ class Needs:
         self._width = table.ids.shape[1]
         self._ids, self._tokens = table.ids.reshape(-1), table.tokens.reshape(-1)
         self._per_shard = len(shards[0]) * self._width
-        order, heads = _sorted(self._ids)
-        self._first = _firsts(order, heads)
+        equal = EqualIds.of(self._ids)
+        self._first = equal.firsts()
         # Of a sequence that several missing shards need, its place in the first of them, under its first place of all.
         self._in_missing = np.full(len(self._ids), _NOWHERE, dtype=np.int64)
         for number in reversed(missing):
@@ -95,7 +95,8 @@ class Needs:
         wanted = self._in_missing >= 0
         self.wanted = int(wanted.sum())
         if self.wanted:
-            self._search(files(), _Index(self._ids, order[heads]), wanted)
+            first = equal.order[equal.heads]
+            self._search(files(), IdIndex(self._ids[first], first), wanted)
         have = self._found.file != _NOWHERE
         self.known = int((wanted & have).sum())
         self._unknown = wanted & ~have
@@ -108,7 +109,7 @@ class Needs:
         rows = self._shards[number]
         return np.arange(rows.start * self._width, rows.stop * self._width)
 
-    def _search(self, files: Iterable[ScoredFile], index: "_Index", wanted: np.ndarray) -> None:
+    def _search(self, files: Iterable[ScoredFile], index: IdIndex, wanted: np.ndarray) -> None:
         number_of = {key: number for number, key in enumerate(self._keys)}
         for file in files:
             ids, rows, slots = file.sequences()
@@ -140,38 +141,31 @@ class Needs:
 
     def of(self, number: int) -> Need:
         """Return the sequences of a shard; call it again when the shards that it awaits are complete."""
-        places = self._places(number)
-        first, where = np.unique(self._first[places], return_index=True)
-        order = np.argsort(where)  # of appearance
-        first, places = first[order], places[where[order]]
-        mine = self._owner(first) == number
-        found = dict(zip(first.tolist(), self._found.read(first), strict=True))
-        need = Need({}, {}, {}, {})
-        of_row: dict[int, list[TokenIds]] = {}
-        for one, place, owner, is_mine in zip(
-            first.tolist(), places.tolist(), self._owner(first).tolist(), mine.tolist(), strict=True
-        ):
-            name = self._name(place)
-            scores = found[one] if found[one] is not None else self._scores.get(one)
-            if is_mine and not self._found.is_foreign(one):
-                row, slot = divmod(place, self._width)
-                if row not in of_row:
-                    of_row = {row: self._plan.sequences(row)}
-                need.company[name] = of_row[row][slot]
-                if scores is not None:
-                    need.known[name] = scores
-            elif scores is not None:
-                need.given[name] = scores
-            else:
-                need.awaited[name] = owner
-        return need
+        first, where = np.unique(self._first[self._places(number)], return_inverse=True)
+        owner = self._owner(first)
+        in_company = (owner == number) & ~self._found.is_foreign(first)
+        scores = self._found.read(first)
+        for i in np.flatnonzero(self._lent[first]).tolist():
+            if scores[i] is None:
+                scores[i] = self._scores.get(int(first[i]))
+        has_none = np.array([one is None for one in scores])
+        return Need(in_company[where], [scores[i] for i in where.tolist()], {*owner[has_none & ~in_company].tolist()})
+
+    def company(self, number: int, need: Need) -> dict[str, TokenIds]:
+        """Return the sequences of a shard that are scored together, by id, in the order in which they appear."""
+        found: dict[str, TokenIds] = {}
+        sequences = (one for row in self._shards[number] for one in self._plan.sequences(row))
+        for name, sequence, is_member in zip(self.ids_of(number), sequences, need.in_company.tolist(), strict=True):
+            if is_member:
+                found.setdefault(name, sequence)
+        return found
+
+    def ids_of(self, number: int) -> list[str]:
+        """Return the ids of the sequences of a shard, row by row."""
+        return hex_ids(self._ids[self._places(number)])
 
     def _name(self, place: int) -> str:
         return bytes(self._ids[place]).hex()
-
-    def ids_of(self, row: int) -> list[str]:
-        """Return the ids of a row's sequences."""
-        return [self._name(place) for place in range(row * self._width, (row + 1) * self._width)]
 
     def _scored_by(self, number: int) -> np.ndarray:
         """Return the first places of the sequences whose scores are in no complete file before a shard is complete."""
@@ -240,7 +234,11 @@ class PlannedSequences(Sequence[TokenIds]):
     def __len__(self) -> int:
         return len(self._at)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> TokenIds: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenIds]: ...
+    def __getitem__(self, index: int | slice) -> TokenIds | list[TokenIds]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row, slot = divmod(int(self._at[index]), self._width)
@@ -287,8 +285,9 @@ class _Found:
         """Forget sequences, whose files are about to be removed."""
         self.file[first], self._ours[first], self.is_part[first] = _NOWHERE, False, False
 
-    def is_foreign(self, first: int) -> bool:
-        return bool(self.file[first] != _NOWHERE and not self._ours[first])
+    def is_foreign(self, first: np.ndarray) -> np.ndarray:
+        """Return which sequences have a score that was not made for this plan."""
+        return (self.file[first] != _NOWHERE) & ~self._ours[first]
 
     def read(self, first: np.ndarray) -> list[np.ndarray | None]:
         """Return the scores of sequences; None for those without."""
@@ -300,52 +299,3 @@ class _Found:
             for i, one in zip(at.tolist(), found, strict=True):
                 scores[i] = one
         return scores
-
-
-def _halves(ids: np.ndarray) -> np.ndarray:
-    """Return ids as two numbers each, in whose order they are sorted; shape (ids, 2)."""
-    return np.ascontiguousarray(ids).view(np.uint64).reshape(-1, 2)
-
-
-def _sorted(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return an order in which equal ids are neighbours, the earlier one first, and which positions begin a new id."""
-    halves = _halves(ids)
-    order = np.lexsort((halves[:, 1], halves[:, 0]))
-    ordered = halves[order]
-    heads = np.ones(len(ids), dtype=bool)
-    heads[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order, heads
-
-
-def _firsts(order: np.ndarray, heads: np.ndarray) -> np.ndarray:
-    """Return for each id the place of the first that is equal."""
-    first = np.empty(len(order), dtype=np.int64)
-    first[order] = order[heads][np.cumsum(heads) - 1]
-    return first
-
-
-class _Index:
-    """Finds ids among the distinct ids of a plan.
-
-    Args:
-        ids: all ids.
-        first: the first place of each distinct one, in the order of `_sorted`.
-    """
-
-    def __init__(self, ids: np.ndarray, first: np.ndarray) -> None:
-        self._first, self._halves = first, _halves(ids[first])
-
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """Return the first place of each id, or -1."""
-        wanted = _halves(ids)
-        found = np.full(len(ids), -1, dtype=np.int64)
-        at = np.searchsorted(self._halves[:, 0], wanted[:, 0])
-        left = np.arange(len(ids))
-        while len(left):  # once, unless two ids have the same first half
-            left = left[at[left] < len(self._first)]
-            left = left[self._halves[at[left], 0] == wanted[left, 0]]
-            hit = self._halves[at[left], 1] == wanted[left, 1]
-            found[left[hit]] = self._first[at[left[hit]]]
-            left = left[~hit]
-            at[left] += 1
-        return found

@@ -49,7 +49,8 @@ def make_cache(config: PrecomputeConfig) -> None:
     if backend.name == "transformers":
         tell(f"attention   {reference.attention.in_words}")
     with reference.hash_weights() as hashing:
-        plan = make_plan(config, reference.tokenizer, config.template_day or rendered_on(config.out))
+        day = config.template_day or rendered_on(config.out)
+        plan = make_plan(config, reference.tokenizer, day, folder=reference.folder)
         counts = plan.counts()
         for line in [
             *(line for one in reference.warnings for line in wrapped("warning", one)),

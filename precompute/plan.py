@@ -5,42 +5,33 @@ it can be shortened for one prompt and complete for another.
 """
 
 import functools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import groupby
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
-from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
-from offline_kto.kto_core.cache.places import place_of
 from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
-from offline_kto.kto_core.errors import FeedbackError, PairingError, TokenizationError
+from offline_kto.kto_core.equal_ids import EqualIds
+from offline_kto.kto_core.errors import PairingError
 from offline_kto.kto_core.feedback.pairing import PairableRows, Pairing, pair_rotate, pair_shuffled
 from offline_kto.kto_core.feedback.quoting import counted
-from offline_kto.kto_core.feedback.records import FeedbackRow
-from offline_kto.kto_core.feedback.tokenization import Tokenizing, Tokens
-from offline_kto.kto_core.hashing import ID, ListHash, hex_ids, ids_id, sequence_bytes, sequence_id
+from offline_kto.kto_core.hashing import ID, ListHash, hex_ids, sequence_bytes
 from offline_kto.kto_core.judgements import Masses
 from offline_kto.kto_core.library_types import Tokenizer
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.feedback.mistakes import without_effect
+from offline_kto.precompute.feedback.places_found import place_key
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.feedback.weights import Weights, total
+from offline_kto.precompute.parallel_reading import read_feedback
+from offline_kto.precompute.reading import Reading, ReadRows
 from offline_kto.precompute.records.sources import SourceFile, describe_source, warnings_about
-from offline_kto.precompute.spool import PlannedRow, PlannedRows, Spool
-from offline_kto.precompute.spool_folder import spool_folder
+from offline_kto.precompute.spool import PlannedRow, PlannedRows, RowColumns
 
-# Rows tokenized in one call of the tokenizer.
-_TOKENIZE_ROWS = 1024
-_TOKENIZE_CHARACTERS = 16 * 2**20
 # Rows, or ids, hashed at a time.
 _HASH_ROWS = 4096
-# Rows of each class that the plan shows.
-_EXAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,14 @@ class Plan:
         """The optional columns of the cache; empty if every row is one bit of weight 1."""
         return self.rows.judgements.mass_columns()
 
-    def labels(self, rows: range) -> list[list[object]]:
-        """Return what the scores do not depend on, for hashes: label, masses that a label does not say, pair and source."""
-        found: list[list[object]] = []
-        for row in rows:
-            columns = self.rows.columns_with(row)
-            i = row - columns.rows.start
-            judgement = self.rows.judgements[row]
-            masses = [judgement.masses, judgement.objectives] if self.mass_columns else []
-            found.append([bool(self.rows.labels[row]), columns.pair_ids[i], columns.sources[i], *masses])
+    def labels(self, columns: RowColumns) -> list[list[object]]:
+        """Return what the scores do not depend on, for hashes: label, pair, source, and masses that a label does not say."""
+        labels = self.rows.labels[columns.rows.start : columns.rows.stop].tolist()
+        found = [[*one] for one in zip(labels, columns.pair_ids, columns.sources, strict=True)]
+        if self.mass_columns:
+            for row, entry in zip(columns.rows, found, strict=True):
+                judgement = self.rows.judgements[row]
+                entry += [judgement.masses, judgement.objectives]
         return found
 
     @no_garbage_collection()
@@ -127,7 +117,7 @@ class Plan:
         """
         labels, places = ListHash(), ListHash()
         for columns in self.rows.columns():
-            entries = zip(columns.row_ids, self.labels(columns.rows), strict=True)
+            entries = zip(columns.row_ids, self.labels(columns), strict=True)
             labels.add([[row_id, *entry] for row_id, entry in entries])
             places.add(columns.places)
         return labels.hexdigest(), places.hexdigest()
@@ -163,11 +153,12 @@ class PlanCounts:
         lengths += rows.prompt_lengths[:, None]
         sequences = tokens = 0
         hasher = ListHash()
-        for some in _distinct(ids.ravel()):
+        for some in EqualIds.of(ids.ravel()).distinct(_HASH_ROWS):
             sequences += len(some)
             tokens += int(lengths.ravel()[some].sum())
             hasher.add(hex_ids(ids.ravel()[some]))
         desirable = int(rows.labels.sum())
+        equal_rows = EqualIds.of(ids[:, 0])
         return cls(
             read=plan.read,
             kept=len(rows),
@@ -176,192 +167,78 @@ class PlanCounts:
             undesirable=len(rows) - desirable,
             truncated=int(cut[:, 0].sum()),
             kl_truncated=int(cut[:, 1:].sum()),
-            prompts=_number_of(rows.ids("prompt_id")),
+            prompts=EqualIds.of(rows.ids("prompt_id")).group_count,
             sequences=sequences,
             tokens=tokens,
             rows_hash=hasher.hexdigest(),
-            duplicates=len(rows) - _number_of(ids[:, 0]),
-            repeats=count_repeats(ids[:, 0], rows.labels),
+            duplicates=len(rows) - equal_rows.group_count,
+            repeats=count_repeats(equal_rows, rows.labels),
             masses=total(rows.judgements.masses),
             objectives={name: total(masses) for name, masses in rows.judgements.objectives.items()},
         )
 
 
-def _distinct(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield a position of each distinct id, in the order of the ids, some at a time: sorted copies would take more memory."""
-    order = np.argsort(ids)
-    for start in range(0, len(ids), _HASH_ROWS):
-        some = order[max(0, start - 1) : start + _HASH_ROWS]
-        is_new = ids[some[1:]] != ids[some[:-1]]
-        yield some[1:][is_new] if start else some[np.append(True, is_new)]
-
-
-def _number_of(ids: np.ndarray) -> int:
-    """Return the number of distinct ids."""
-    return sum(map(len, _distinct(ids)))
-
-
-class ReadRows(NamedTuple):
-    """The rows that are kept with their weights, how many were read and dropped by reason, and examples with their places."""
-
-    rows: PlannedRows
-    read: int
-    dropped: dict[str, int]
-    examples: list[tuple[str, PlannedRow]]
-    weights: Weights
-
-
-def read_rows(config: PrecomputeConfig, feedback: Feedback, tokenizing: Tokenizing, *, spool: Spool) -> ReadRows:
-    """Read, parse and tokenize the feedback; drop prompts that leave no room for a completion.
-
-    Args:
-        spool: empty; the rows are written to it.
-
-    Raises:
-        FeedbackError, TokenizationError: naming file and line.
-        CacheError: the disk of the spool is full.
-    """
-    dropped: Counter[str] = Counter()
-    examples: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
-    weights = Weights()
-    read = 0
-    try:
-        for row, tokens in _usable(feedback, tokenizing):
-            room = config.max_length - len(tokens.prompt_ids)
-            if room < 1:
-                dropped[PROMPT_TOO_LONG] += 1
-                feedback.drop(
-                    row, f"a prompt of {counted(len(tokens.prompt_ids), 'token')}, --max-length {config.max_length}"
-                )
-            else:
-                spool.add(_planned(row, read, tokens.prompt_ids, tokens.completion_ids, room, config.max_length))
-                weights.add(row)
-                if len(examples[row.label]) < _EXAMPLES:
-                    examples[row.label].append((row.where, len(spool) - 1))
-            read += 1
-    finally:
-        feedback.write_left_out()  # also if the run ends here, where it is needed most
-    feedback.finish()
-    if (error := without_effect(config, feedback.label_rule, feedback.found)) is not None:
-        raise error
-    tokenizing.check()
-    if not len(spool):
-        raise FeedbackError(
-            f"{config.data}: no row is left of {read:,}: every prompt has {config.max_length} tokens or more. "
-            "Raise --max-length."
-        )
-    rows = spool.finish(weights.factors(config.data))
-    shown = [(where, rows[number]) for where, number in (*examples[True], *examples[False])]
-    return ReadRows(rows, read, dict(dropped), shown, weights)
-
-
-def _usable(feedback: Feedback, tokenizing: Tokenizing) -> Iterator[tuple[FeedbackRow, Tokens]]:
-    """Yield the rows that can be rendered with their tokens; of a pair both sides or none, as the losses of pairs need."""
-    for chunk, tokenized in tokenizing.tokenize_chunks(_chunks(feedback.rows())):
-        for (where, pair_id), group in groupby(zip(chunk, tokenized, strict=True), key=lambda one: _record_of(one[0])):
-            found = list(group)
-            errors = [tokens for _, tokens in found if isinstance(tokens, TokenizationError)]
-            if pair_id is not None and errors:
-                feedback.reject(where, errors[0])
-                continue
-            for error in errors:
-                feedback.reject(where, error)
-            for row, tokens in found:
-                if not isinstance(tokens, TokenizationError):
-                    feedback.keep(row)
-                    yield row, tokens
-
-
-def _chunks(rows: Iterator[FeedbackRow]) -> Iterator[list[FeedbackRow]]:
-    """Yield rows for one call of the tokenizer, with limits on their number and their text; a pair stays together."""
-    chunk: list[FeedbackRow] = []
-    size = 0
-    for row in rows:
-        is_full = len(chunk) >= _TOKENIZE_ROWS or size > _TOKENIZE_CHARACTERS
-        if is_full and (row.pair_id is None or _record_of(row) != _record_of(chunk[-1])):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(row)
-        size += row.characters
-    if chunk:
-        yield chunk
-
-
-def _record_of(row: FeedbackRow) -> tuple[str, str | None]:
-    """Return what the two rows of a pair share; equal pairs of other records have the same `pair_id`."""
-    return row.where, row.pair_id
-
-
-def _planned(
-    row: FeedbackRow, source: int, prompt: np.ndarray, completion: np.ndarray, room: int, max_length: int
-) -> PlannedRow:
-    cut = completion[:room]
-    return PlannedRow(
-        source=source,
-        row_id=sequence_id(prompt, cut),
-        prompt_id=ids_id(prompt),
-        pair_id=row.pair_id,
-        label=row.label,
-        prompt_ids=prompt,
-        # No prompt leaves room for more, so a longer tail is never used.
-        full_completion_ids=completion[:max_length],
-        completion_ids=cut,
-        judgement=row.judgement,
-        place=place_of(row.where),
-    )
-
-
 @no_garbage_collection()
-def make_plan(config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | None = None) -> Plan:
+def make_plan(
+    config: PrecomputeConfig, tokenizer: Tokenizer, day: datetime | None = None, *, folder: Path | None = None
+) -> Plan:
     """Read the feedback and choose every row's mismatched completions.
 
     Args:
         day: for chat templates that write the date; None for today.
+        folder: of the model, from which worker processes load the tokenizer. Without it this process reads all parts of large
+            data, one after the other.
 
     Raises:
         FeedbackError, TokenizationError, PairingError: a row cannot be used; the message names it.
     """
-    files = describe_source(
-        config.data, config.split
-    )  # described when they are read, since they may change during scoring
-    day = day or datetime.now().replace(microsecond=0)
-    tokenizing = Tokenizing(tokenizer, now=day)
-    feedback = Feedback(
-        config,
-        has_template=bool(getattr(tokenizer, "chat_template", None)),
-        rendered=tokenizing.rendered_text(),
-    )
-    folder = spool_folder(config.out, sum(file.bytes for file in files))
-    with Spool(folder, config.max_length) as spool:
-        rows, read, dropped, examples, weights = read_rows(config, feedback, tokenizing, spool=spool)
-    try:
-        pairing = _pair(config, rows)
-    except PairingError as error:
-        # An error below may be caused by dropped rows, or by prompts with the same ids.
-        before = [one[0].upper() + one[1:] for one in tokenizing.warnings()]
-        if left_out := list(feedback.found.left_out.in_words()):
-            first = feedback.found.left_out.rows[0][0]
-            before.append(
-                f"Rows were left out ({', '.join(left_out)}); the first is {first}. --left-out FILE lists them."
-            )
-        if lost := sum(dropped.values()):
-            before.append(
-                f"Of {counted(read, 'row')} read, {lost:,} {'was' if lost == 1 else 'were'} dropped before: their prompts leave no room "
-                f"under --max-length {config.max_length}."
-            )
-        raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
-    rendered_on = day.isoformat() if tokenizing.dated else None
+    # Described when they are read, since they may change during scoring.
+    files = describe_source(config.data, config.split)
+    with read_feedback(config, tokenizer, files, day=day, model=folder) as found:
+        read, reading = found.rows, found.reading
+        pairing = _pair(config, reading, read)
+    feedback, tokenizing = reading.feedback, reading.tokenizing
+    rendered_on = found.day.isoformat() if tokenizing.dated else None
     notes = [*warnings_about(config.data, config.split), *feedback.notes(), *tokenizing.warnings()]
     if config.template_date is not None and rendered_on is None:
         notes.append("--template-date has no effect: the chat template writes no date.")
-    return Plan(rows, pairing, config.max_length, read, dropped, files, feedback, examples, notes, rendered_on, weights)
+    return Plan(
+        read.rows,
+        pairing,
+        config.max_length,
+        read.read,
+        read.dropped,
+        files,
+        feedback,
+        read.examples,
+        notes,
+        rendered_on,
+        read.weights,
+    )
 
 
-def _pair(config: PrecomputeConfig, rows: PlannedRows) -> Pairing:
+def _pair(config: PrecomputeConfig, reading: Reading, found: ReadRows) -> Pairing:
+    rows = found.rows
     pairable = PairableRows(rows.ids("row_id"), rows.ids("prompt_id"), rows.ids("completion_id"), rows.labels)
-    if config.pairing == "rotate":
-        return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
-    return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
+    try:
+        if config.pairing == "rotate":
+            return pair_rotate(pairable, partners=config.kl_partners, block=config.pairing_block)
+        return pair_shuffled(pairable, partners=config.kl_partners, seed=config.seed)
+    except PairingError as error:
+        # An error below may be caused by dropped rows, or by prompts with the same ids.
+        before = [one[0].upper() + one[1:] for one in reading.tokenizing.warnings()]
+        left_out = reading.feedback.found.left_out
+        if reasons := list(left_out.in_words()):
+            first = min((where for where, _, _ in left_out.rows), key=place_key)
+            before.append(
+                f"Rows were left out ({', '.join(reasons)}); the first is {first}. --left-out FILE lists them."
+            )
+        if lost := sum(found.dropped.values()):
+            before.append(
+                f"Of {counted(found.read, 'row')} read, {lost:,} {'was' if lost == 1 else 'were'} dropped before: their prompts leave no "
+                f"room under --max-length {config.max_length}."
+            )
+        raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
 
 
 def shard_rows(plan: Plan, rows_per_shard: int) -> Sequence[range]:

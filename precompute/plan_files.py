@@ -18,19 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, open_shard, read_metadata, schema_of
+from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, open_shard, read_metadata
 from offline_kto.kto_core.durable_files import replacing, write_json
 from offline_kto.kto_core.errors import CacheError, said_by
 from offline_kto.kto_core.hashing import sequence_id
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.cache_rows import scored_row
 from offline_kto.precompute.needs import Need
 from offline_kto.precompute.out_folder import DONE, PLAN
+from offline_kto.precompute.shard_tables import NO_SCORES, lists_of, scored_table
 
 PLAN_FORMAT = 1
 _RUN = "plan.json"
 _COMPANY = "company"
-_GROUP = 64
 
 
 class PlannedShard(NamedTuple):
@@ -116,30 +115,24 @@ def read_run(out: Path) -> PlannedRun | None:
         ) from error
 
 
-def write_plan_file(
-    path: Path, rows: Sequence[CacheRow], ids: Sequence[Sequence[str]], need: Need, metadata: Mapping[str, object]
-) -> None:
+def write_plan_file(path: Path, table: pa.Table, need: Need, metadata: Mapping[str, object]) -> None:
     """Write a shard without the scores that are not known yet.
 
     Args:
-        rows: from `unscored_row`.
-        ids: of the sequences of each row.
+        table: from `unscored_table`.
         metadata: JSON values for the footer: those of the shard.
 
     Raises:
         CacheError: the file cannot be written.
     """
-    content = []
-    for row, names in zip(rows, ids, strict=True):
-        scores = {name: need.known.get(name, need.given.get(name, row["ref_token_logps"])) for name in names}
-        content.append({**scored_row(row, names, scores), _COMPANY: [name in need.company for name in names]})
-    schema = schema_of(rows, path.name).append(pa.field(_COMPANY, pa.list_(pa.bool_()), nullable=False))
-    table = pa.Table.from_pylist(content, schema=schema)
+    company = lists_of(pa.array(need.in_company), len(need.in_company) // table.num_rows)
+    table = scored_table(table, [NO_SCORES if one is None else one for one in need.scores])
+    table = table.append_column(pa.field(_COMPANY, company.type, nullable=False), company)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True)})
     try:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
-            pq.write_table(table, temporary, row_group_size=_GROUP, compression="zstd", write_page_checksum=True)
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     except OSError as error:
         raise CacheError(f"{path}: cannot be written: {error}.") from error
 
@@ -149,15 +142,15 @@ class PlanFile(NamedTuple):
 
     Attributes:
         metadata: of the shard.
-        rows: without scores that are new.
-        ids: of the sequences of each row.
+        table: the shard without scores that are new.
+        ids: of its sequences, row by row.
         company: sequences that are scored together, by id.
         scores: of sequences that have one, in `company` or not.
     """
 
     metadata: dict[str, object]
-    rows: list[CacheRow]
-    ids: list[list[str]]
+    table: pa.Table
+    ids: list[str]
     company: dict[str, TokenIds]
     scores: dict[str, np.ndarray]
 
@@ -172,25 +165,22 @@ def read_plan_file(path: Path) -> PlanFile:
     if metadata is None:
         raise CacheError(f"{path}: missing or damaged. Run kto-precompute again without --part.")
     try:
-        file = open_shard(path)
-        groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+        table = open_shard(path).read(use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
-    found = PlanFile(metadata, [], [], {}, {})
-    for table in groups:
-        for row, members in zip(Rows(table), table.column(_COMPANY).to_pylist(), strict=True):
-            _add(found, row, members)
+    found = PlanFile(metadata, table.drop_columns([_COMPANY]), [], {}, {})
+    for row, members in zip(Rows(table), table.column(_COMPANY).to_pylist(), strict=True):
+        _add(found, row, members)
     return found
 
 
 def _add(plan: PlanFile, row: CacheRow, members: Sequence[bool]) -> None:
     completions = (row["completion_ids"], *row["kl_completion_ids"])
     scores = (row["ref_token_logps"], *row["ref_kl_token_logps"])
-    ids = [sequence_id(row["prompt_ids"], completion) for completion in completions]
-    for name, completion, found, is_member in zip(ids, completions, scores, members, strict=True):
+    for completion, found, is_member in zip(completions, scores, members, strict=True):
+        name = sequence_id(row["prompt_ids"], completion)
         if is_member:
             plan.company.setdefault(name, (row["prompt_ids"], completion))
         if len(found):
             plan.scores[name] = found
-    plan.rows.append(row)
-    plan.ids.append(ids)
+        plan.ids.append(name)

@@ -173,6 +173,10 @@ class RayWorkers:
         """Ray's own output in this process."""
         return Path(self._log_file.name)
 
+    @property
+    def room(self) -> int:
+        return sum(node.room for node in self._nodes())
+
     def _disconnect(self) -> None:
         with redirect_stdout(self._log_file), redirect_stderr(self._log_file):  # it prints what it held back
             self._ray.shutdown()

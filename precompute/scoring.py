@@ -3,19 +3,19 @@
 import contextlib
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 
 from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
-from offline_kto.kto_core.hashing import json_hash
+from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.progress import Progress
-from offline_kto.precompute.cache_rows import scored_row, unscored_row
+from offline_kto.kto_core.scoring.sequences import TokenIds
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import DisagreementError, choose_sample
@@ -23,10 +23,11 @@ from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.leader import Leader
 from offline_kto.precompute.local_workers import LocalWorkers
-from offline_kto.precompute.needs import Need, Needs, SequenceIds
+from offline_kto.precompute.needs import Needs, SequenceIds
 from offline_kto.precompute.out_folder import MERGED
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan import Plan, shard_rows
+from offline_kto.precompute.plan_ahead import PlansAhead
 from offline_kto.precompute.plan_files import (
     PlannedRun,
     PlannedShard,
@@ -37,11 +38,14 @@ from offline_kto.precompute.plan_files import (
 )
 from offline_kto.precompute.ray_workers import RayWorkers, ShardWorkerOpener
 from offline_kto.precompute.score_files import read_parts, read_scores_of
+from offline_kto.precompute.shard_tables import scored_table, shard_key, unscored_table
 from offline_kto.precompute.store import ShardSize, Store
 from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
 
 # Sequences on which Transformers' scoring is checked.
 _SHORTEST = 16
+# What is proposed for workers without work: so many shards for each of them, none of fewer rows than this.
+_SHARDS_A_WORKER, _LEAST_ROWS = 3, 64
 
 
 class Scoring:
@@ -71,24 +75,14 @@ class Scoring:
         self.difference: ScoreDifference | None = None
         self.workers: list[WorkerFields] = []
         self._underway: ShardScores | None = None
-        table = SequenceIds.of(plan)
-        self._keys = [self._key(rows, table.ids) for rows in self.shards]
+        self._finishing = threading.Lock()
+        self._keys = [shard_key(plan, rows) for rows in self.shards]
         store.adopt_done(self._keys)
         self.missing = [i for i, key in enumerate(self._keys) if not store.has(i, key, len(self.shards[i]))]
         store.set_aside(self.missing)
-        self._needs = Needs(plan, table, self.shards, missing=self.missing, keys=self._keys, files=store.scored_files)
-
-    def _key(self, rows: range, ids: np.ndarray) -> str:
-        """Return a hash of everything in a shard except the scores.
-
-        Args:
-            ids: of the sequences of all rows.
-        """
-        entries = []
-        for i, labels in zip(rows, self.plan.labels(rows), strict=True):
-            row = self.plan.rows[i]
-            entries.append([row.row_id, [bytes(one).hex() for one in ids[i, 1:]], *labels, row.place])
-        return json_hash(entries)
+        self._needs = Needs(
+            plan, SequenceIds.of(plan), self.shards, missing=self.missing, keys=self._keys, files=store.scored_files
+        )
 
     def run(self, sequences: int, gpus: Sequence[Sequence[int] | None]) -> None:
         """Score missing sequences and write missing shards.
@@ -105,24 +99,22 @@ class Scoring:
             settings = WorkerSettings.of(self.config, str(self.store.out))
             gpus_of_one = 0 if self.config.device == "cpu" else self.config.tensor_parallel
             connect = partial(RayWorkers, self.config.cluster, ShardWorkerOpener(settings), gpus=gpus_of_one)
-            self._score_with(connect, settings.out, self.config.workers or len(self.missing), sequences)
-            return
-        workers = min(len(gpus), len(self.missing)) if self._needs.unknown_tokens else 1
-        if workers < len(gpus) and self._needs.unknown_tokens:
-            tell(
-                f"workers     {workers} of {len(gpus)}: there are no more shards; a smaller --rows-per-shard gives all of them work"
-            )
-        if workers > 1:
+            self._score_with(connect, settings.out, sequences)
+        elif min(len(gpus), len(self.missing)) > 1 and self._needs.unknown_tokens:
             out = str(self.store.out)
-            self._score_with(partial(LocalWorkers, self.config, out, gpus[:workers]), out, workers, sequences)
+            self._score_with(partial(LocalWorkers, self.config, out, gpus), out, sequences)
         else:
+            if self._needs.unknown_tokens:
+                self._tell_of_idle(len(gpus))
             self._score_here(sequences)
 
     def plan_only(self) -> int:
         """Write the plan files of all missing shards. Returns: their number."""
         self._write_run()
-        for index in self.missing:
-            self._prepare(index)
+        with PlansAhead(self._prepare) as plans:
+            plans.begin(self.missing)
+            for index in self.missing:
+                plans.take(index)
         return len(self.missing)
 
     def _score_here(self, sequences: int) -> None:
@@ -135,24 +127,23 @@ class Scoring:
             self.reference.check_unchanged()
             for i in self.missing:
                 need = self._needs.of(i)
+                names, company = self._needs.ids_of(i), self._needs.company(i, need)
+                scores = {name: one for name, one in zip(names, need.scores, strict=True) if one is not None}
                 write = partial(self.store.write_part, self._keys[i])
-                self._underway = ShardScores(need.company, need.known, write, pace)
-                self._score(need, scorer, progress)
-                scores = {**need.given, **self._underway.scores}
-                self.store.write(
-                    i,
-                    self._keys[i],
-                    [scored_row(unscored_row(self.plan, j), self._needs.ids_of(j), scores) for j in self.shards[i]],
-                )
+                self._underway = ShardScores(company, scores, write, pace)
+                self._score(company, scorer, progress)
+                scores |= self._underway.scores
+                table = scored_table(unscored_table(self.plan, self.shards[i]), [scores[name] for name in names])
+                self.store.write(i, self._keys[i], table)
                 # A sequence that another shard also needs is scored only once.
                 self._needs.complete(i, scores)
                 left.remove(i)
                 pace.restart()
 
-    def _score(self, need: Need, scorer: Scorer | None, progress: Progress) -> None:
+    def _score(self, company: Mapping[str, TokenIds], scorer: Scorer | None, progress: Progress) -> None:
         """Score the missing sequences of the shard in progress."""
         assert self._underway is not None
-        before, sequences = self._underway.known, list(need.company.values())
+        before, sequences = self._underway.known, list(company.values())
         if scorer is None or len(before) == len(sequences):
             return
         started = time.monotonic()
@@ -179,9 +170,16 @@ class Scoring:
             finally:
                 shutil.rmtree(merged, ignore_errors=True)
 
-    def _score_with(self, connect: Callable[[], Workers], out: str, most: int, sequences: int) -> None:
+    def _tell_of_idle(self, workers: int) -> None:
+        """Log that there are fewer shards than workers."""
+        rows = len(self.plan.rows) if len(self.missing) == len(self.shards) else 0
+        if line := without_work(len(self.missing), workers, rows):
+            tell(f"workers     {line}")
+
+    def _score_with(self, connect: Callable[[], Workers], out: str, sequences: int) -> None:
         run = self._write_run()
         workers = connect()
+        self._tell_of_idle(min(workers.room, self.config.workers or workers.room))
         pace = Pace()
 
         def keep() -> None:
@@ -194,7 +192,7 @@ class Scoring:
                 workers,
                 self.missing,
                 out,
-                most=most,
+                most=self.config.workers or len(self.missing),
                 prepare=self._prepare,
                 finish=partial(self._finish, run),
                 keep=keep,
@@ -228,23 +226,21 @@ class Scoring:
         return run
 
     def _prepare(self, index: int) -> set[int]:
-        """Write the plan file of a shard. Returns: the shards whose scores it awaits."""
-        need, rows = self._needs.of(index), self.shards[index]
-        write_plan_file(
-            plan_path(self.store.out, index),
-            [unscored_row(self.plan, i) for i in rows],
-            [self._needs.ids_of(i) for i in rows],
-            need,
-            {**self.store.metadata, "key": self._keys[index]},
-        )
-        return set(need.awaited.values())
+        """Write the plan file of a shard, in any thread. Returns: the shards whose scores it awaits."""
+        with self._finishing:  # which removes parts, whose scores are read here
+            need = self._needs.of(index)
+        table = unscored_table(self.plan, self.shards[index])
+        metadata = {**self.store.metadata, "key": self._keys[index]}
+        write_plan_file(plan_path(self.store.out, index), table, need, metadata)
+        return need.awaited
 
     def _finish(self, run: PlannedRun, index: int, answer: Answer) -> None:
         """Move a shard that a worker has written into place."""
         entry = ShardSize(answer.rows, answer.bytes, answer.sha256)
-        path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
+        with self._finishing:
+            path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
+            self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
         plan_path(self.store.out, index).unlink(missing_ok=True)
-        self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
 
     def _take_answers(self, leader: Leader) -> None:
         self.scored = sum(answer.scored for answer in leader.answers)
@@ -307,3 +303,20 @@ class Scoring:
         if self.workers:
             run["workers"] = self.workers
         return run
+
+
+def without_work(shards: int, workers: int, rows: int) -> str:
+    """Return a line about workers without a shard; empty if there are none.
+
+    Args:
+        rows: of all shards, which could be smaller; 0 if some are complete already.
+    """
+    idle = workers - shards
+    if idle <= 0:
+        return ""
+    line = f"{counted(shards, 'shard')} for {workers} workers: {idle} {'has' if idle == 1 else 'have'} no work"
+    size = rows // (_SHARDS_A_WORKER * workers)
+    if size < _LEAST_ROWS:
+        return line
+    size = 1 << size.bit_length() - 1  # a power of two
+    return f"{line}; --rows-per-shard {size} makes {-(-rows // size)}"

@@ -14,8 +14,10 @@ _IN_MEMORY = {"tmpfs", "ramfs"}
 _ROOM = 4
 
 
-def spool_folder(out: Location, data_bytes: int) -> Path:
-    """Return the system's folder for temporary files (TMPDIR), or the one that `--out` is in if that has more room.
+def spool_folders(out: Location, data_bytes: int) -> list[Path]:
+    """Return the folders in which the rows may be kept, first the one to choose.
+
+    They are the system's folder for temporary files (TMPDIR) and the one that `--out` is in, if that has more room.
 
     Args:
         data_bytes: size of the feedback's files.
@@ -26,7 +28,8 @@ def spool_folder(out: Location, data_bytes: int) -> Path:
     folders = [folder for folder in folders if os.access(folder, os.W_OK | os.X_OK)] or folders[:1]
     disks = [folder for folder in folders if not _is_in_memory(folder)] or folders
     roomy = (folder for folder in disks if _free(folder) >= _ROOM * data_bytes)
-    return next(roomy, max(disks, key=_free))
+    chosen = next(roomy, max(disks, key=_free))
+    return [chosen, *(folder for folder in disks if folder != chosen)]
 
 
 def _free(folder: Path) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.manifest import (
@@ -33,7 +34,7 @@ from offline_kto.kto_core.cache.shards import (
     open_shard,
     read_metadata,
     shard_name,
-    write_shard,
+    write_table,
 )
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.console import tell
@@ -266,9 +267,9 @@ class Store:
                 if metadata.get("identity") == self.identity and self._is_whole(path):
                     yield ScoredFile.of(path, metadata)
 
-    def write(self, index: int, key: str, rows: Sequence[CacheRow]) -> None:
+    def write(self, index: int, key: str, table: pa.Table) -> None:
         """Write one shard, and remove its parts. Raises: CacheError: it cannot be written."""
-        write_shard(self.target / shard_name(index), rows, {**self.metadata, "key": key})
+        write_table(self.target / shard_name(index), table, {**self.metadata, "key": key})
         self.drop_parts(key)
         self._on_change()
 

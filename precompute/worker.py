@@ -19,11 +19,10 @@ import torch
 
 from offline_kto.kto_core.cache.manifest import identity_of
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
-from offline_kto.kto_core.cache.shards import CacheRow, write_shard
+from offline_kto.kto_core.cache.shards import CacheRow, write_table
 from offline_kto.kto_core.errors import CacheError, KTOError, ModelError
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.scoring.sequences import TokenIds
-from offline_kto.precompute.cache_rows import scored_row
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import choose_backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import ComparedScorer, DisagreementError, choose_sample
@@ -33,6 +32,7 @@ from offline_kto.precompute.out_folder import MERGED, PARTS
 from offline_kto.precompute.parts import Pace, ShardScores
 from offline_kto.precompute.plan_files import PlanFile, done_path, plan_path, read_plan_file, read_run
 from offline_kto.precompute.score_files import drop_parts, read_parts, write_part
+from offline_kto.precompute.shard_tables import scored_table
 from offline_kto.precompute.workers import Answer, Task, WorkerPlace
 
 # Fields of the identity that describe the rows, not what scores them.
@@ -163,7 +163,7 @@ class ShardWorker:
         found = ShardScores(plan.company, before, lambda rows: self._write_part(key, rows), self._pace)
         scored, tokens, seconds = self._score(plan, found, on_tokens, key)
         scores = ChainMap(found.scores, plan.scores)
-        is_written = all(one in scores for ids in plan.ids for one in ids)
+        is_written = all(one in scores for one in plan.ids)
         if is_written:
             entry = self._write(task.shard, key, plan, scores)
         else:
@@ -216,14 +216,14 @@ class ShardWorker:
 
     def _write(self, index: int, key: str, plan: PlanFile, scores: Mapping[str, np.ndarray]) -> tuple[int, int, str]:
         """Write the shard. Returns: its rows, bytes and hash."""
-        rows = [scored_row(row, ids, scores) for row, ids in zip(plan.rows, plan.ids, strict=True)]
+        table = scored_table(plan.table, [scores[one] for one in plan.ids])
         path = done_path(self._out, self._run.token, index)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CacheError(f"{path.parent}: cannot be written: {error}.") from error
-        write_shard(path, rows, {**self._run.metadata, "key": key})
-        return len(rows), path.stat().st_size, file_hash(path)
+        write_table(path, table, {**self._run.metadata, "key": key})
+        return table.num_rows, path.stat().st_size, file_hash(path)
 
     def _write_part(self, key: str, rows: Sequence[CacheRow]) -> None:
         folder = self._out / PARTS / "train"

@@ -16,7 +16,7 @@ from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
 
 # Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+_OF_LEADER = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
 # Options that name a file or a folder, or something that is none.
 _PATHS = ("model", "adapter", "chat_template")
 
@@ -139,6 +139,10 @@ class Workers(Protocol):
     Plan files, parts and shards go through the folder of the cache, which all machines see. Only small things go through the
     transport: tasks, answers and events, as JSON or by its own means.
     """
+
+    @property
+    def room(self) -> int:
+        """Number of workers that there can be now."""
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         """Start workers until so many are starting or ready, as far as there is room now; return at once.

@@ -3,8 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+
+from offline_kto.kto_core.cache.shards import CacheRow
 from offline_kto.kto_core.hashing import json_hash, sequence_id
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.precompute.plan import Plan
@@ -74,3 +77,46 @@ def naive_settled(judgements: Sequence[Judgement], factors: Sequence[float]) -> 
 
 def _times(masses: Masses, factor: float) -> Masses:
     return Masses(masses.desirable * factor, masses.undesirable * factor)
+
+
+def naive_shard(plan: Plan, rows: range, scores: Sequence[np.ndarray]) -> list[CacheRow]:
+    """Return the rows of a shard.
+
+    Args:
+        scores: of each sequence, row by row.
+    """
+    found, columns = [], mass_columns(row.judgement for row in plan.rows)
+    each = iter(scores)
+    for index in rows:
+        row = plan.rows[index]
+        own, *others = (next(each) for _ in plan.sequences(index))
+        one: dict[str, Any] = {
+            **{name: getattr(row, name) for name in ("row_id", "prompt_id", "pair_id", "source", "label", "place")},
+            "prompt_ids": row.prompt_ids,
+            "completion_ids": row.completion_ids,
+            "ref_logps": float(own.sum(dtype=np.float64)),
+            "ref_token_logps": own,
+            "kl_completion_ids": plan.kl_completions(index),
+            "ref_kl_logps": [float(one.sum(dtype=np.float64)) for one in others],
+            "ref_kl_token_logps": others,
+        }
+        if columns:
+            one["desirable_mass"], one["undesirable_mass"] = row.judgement.masses
+        if "objectives" in columns:
+            one["objectives"] = {
+                name: {"desirable": good, "undesirable": bad} for name, (good, bad) in row.judgement.objectives.items()
+            }
+        found.append(cast("CacheRow", one))
+    return found
+
+
+def naive_key(plan: Plan, rows: range) -> str:
+    """Return the key of a shard: a hash of everything in it except the scores."""
+    has_masses = bool(mass_columns(row.judgement for row in plan.rows))
+    entries = []
+    for index in rows:
+        row = plan.rows[index]
+        partners = [sequence_id(*one) for one in plan.sequences(index)[1:]]
+        masses = [row.judgement.masses, row.judgement.objectives] if has_masses else []
+        entries.append([row.row_id, partners, row.label, row.pair_id, row.source, *masses, row.place])
+    return json_hash(entries)

@@ -18,11 +18,11 @@ SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report"
 # Rooms from the ground up: a module imports from its own room and from those in lines above its own. Modules that stand
 # directly in a package are rooms of their own.
 LAYERS = """
-kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements
+kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements kto_core.typed_json
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
-kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock
+kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock kto_core.equal_ids
 kto_core.config_paths
 kto_core.options
 kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache
@@ -33,9 +33,13 @@ precompute.records precompute.parts train.run_files train.samples_file train.sus
 precompute.engines precompute.out_folder precompute.preview train.data train.model train.diagnostics
 precompute.feedback precompute.spool_folder
 precompute.spool
+precompute.reading
+precompute.part_files
+precompute.part_workers
+precompute.parallel_reading
 precompute.plan precompute.score_files train.trainer train.report
 precompute.store
-precompute.cache_rows precompute.workers
+precompute.shard_tables precompute.workers precompute.plan_ahead
 precompute.needs
 precompute.plan_files
 precompute.worker

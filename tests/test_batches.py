@@ -32,7 +32,7 @@ class _Rows:
 
 def balanced(labels: list[bool], batch_size: int, **options: Any) -> EpochBatches:
     rows: Any = _Rows(labels)
-    strata = strata_of(rows, units_of(rows, range(len(labels)), 1), balance=True)
+    strata = strata_of(rows, units_of(rows, np.arange(len(labels)), 1), balance=True)
     return EpochBatches(strata, batch_size, **{"shuffle": True, "seed": 0, **options})
 
 
@@ -56,7 +56,7 @@ def test_sorted_data_is_mixed() -> None:
     """Pairs split into rows, or a file of thumbs up behind one of thumbs down: a plain shuffle leaves batches of one class."""
     labels = [True] * 60 + [False] * 4
     rows: Any = _Rows(labels)
-    plain = EpochBatches(strata_of(rows, units_of(rows, range(64), 1), balance=False), 16, shuffle=True, seed=0)
+    plain = EpochBatches(strata_of(rows, units_of(rows, np.arange(64), 1), balance=False), 16, shuffle=True, seed=0)
     assert any(all(labels[i] for i in batch) for batch in epoch(plain))
     assert [sum(not labels[i] for i in batch) for batch in epoch(balanced(labels, 16))] == [1, 1, 1, 1]
 

@@ -83,7 +83,7 @@ def some_scores(rows: int = 40) -> Scores:
     labels = torch.from_numpy(rng.random(rows) < 0.5)
     logratios = torch.from_numpy(rng.normal(size=rows)) + labels
     return Scores(
-        prompt_ids=[str(i // 2) for i in range(rows)],
+        prompts=np.arange(rows, dtype=np.int32) // 2,
         masses=one_bit(labels),
         objectives={},
         tokens=torch.from_numpy(rng.integers(1, 9, size=rows).astype(float)),
@@ -368,7 +368,7 @@ class TestEvaluateOnly:
         grown = self.other(base, tmp_path / "grown", chat_rows(26))
         found = json.loads(evaluate_run(replace(config, cache=grown, evaluate_only=run)).read_text())
         rows = CacheRows(grown)
-        new = [p for p in rows.prompt_ids if p not in trained]
+        new = [p for p in rows.column("prompt_id").to_pylist() if p not in trained]
         assert found["rows"] == len(new) < len(rows)
         assert found["rows_are"] == f"not trained on; {len(rows) - len(new)} rows that it was trained on are left out"
         everything = train(replace(config, out=tmp_path / "everything", eval_fraction=0.0, eval_steps=None))

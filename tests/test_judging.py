@@ -137,6 +137,8 @@ def test_rows_without_votes_are_unrated(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("votes", "part"),
     [
+        ({"up": 1.5, "down": 2}, "'up' is 1.5"),
+        ({"up": 1e300, "down": 2}, "'up' is 1e+300"),
         ({"up": -1, "down": 2}, "'up' is -1"),
         ({"up": 3, "down": None}, "'down' is null"),
         ({"up": "many", "down": 2}, "'up' is \"many\""),
@@ -150,7 +152,7 @@ def test_a_number_of_votes_that_is_none_is_refused_with_its_place(
     path = as_jsonl(tmp_path, rows_of({"up": 1, "down": 0}, votes))
     message = refusal(path)
     assert f"f.jsonl:2: {part}" in message
-    assert "Write a number of votes" in message
+    assert "Write a whole number of votes" in message
     assert left_out(path, on_bad_row="skip") == {"defective": 1}
 
 

@@ -568,3 +568,19 @@ def test_a_rating_beside_an_empty_label_says_how_to_leave_it_out(tmp_path):
     labels, found = feedback(tmp_path / "f.jsonl", records, label_field="label")
     assert labels == [True, False]
     assert found.found.left_out.counts == {UNRATED: 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_unclear"),
+    [
+        *((name, True) for name in ("rating", "stars", "score", "nps", "nps_answer", "csat", "labels.rating")),
+        *((name, False) for name in ("thumb", "label", "liked", "thumbs_up", "starts")),
+    ],
+)
+@pytest.mark.parametrize("value", [1, "1", [1, 1]])
+def test_a_field_named_like_a_rating_is_unclear_if_it_is_always_1(name: str, is_unclear: bool, value: object) -> None:
+    rule = LabelRule()
+    assert rule.verdict(value, "f.jsonl:1", name)
+    assert (rule.unclear_rating() == name) is is_unclear
+    assert not rule.verdict(0, "f.jsonl:2", name)
+    assert rule.unclear_rating() is None

@@ -1,10 +1,12 @@
 """What makes large caches cheap changes nothing: remembered verification, ids as numbers, rows that are read ahead."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,20 @@ from hypothesis import strategies as st
 from offline_kto.kto_core.cache import shards, verification, verified_shards
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
+from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data import row_reader
-from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, units_of
+from offline_kto.train.data import row_reader, shard_files
+from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, strata_of, units_of
 from offline_kto.train.data.cache_rows import CacheRows
-from offline_kto.train.data.held_out import held_out_prompts
+from offline_kto.train.data.held_out import HeldOutRows, held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
-from offline_kto.train.data.row_ids import RowIds, sortable
+from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
+from offline_kto.train.data.shard_files import ShardFiles
 from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.trainer.accumulators import RowLogratios
 
 ROWS = 20
 
@@ -89,6 +94,15 @@ class Watched:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched(monkeypatch)
+
+
+# An id as kto-precompute writes them.
+PROMPT = "0123456789abcdef" * 2
+
+
+def id_column(texts: list[Any]) -> pa.ChunkedArray:
+    """Return texts as a column of ids, one chunk."""
+    return pa.chunked_array([as_ids(pa.array(texts, pa.string()))])
 
 
 NAMES = ["00000.parquet", "00001.parquet", "00002.parquet"]
@@ -237,25 +251,37 @@ class TestIds:
         )
         of_rows = np.array([label for _, label in rows], dtype=bool)
         for texts in ([f"{number:032x}" for number, _ in rows], ["x" * number for number, _ in rows]):
-            column = pa.chunked_array([pa.array(texts, pa.string())])
-            assert count_repeats(sortable(column), of_rows) == naive
-        hashes = np.array([f"{number:032x}" for number, _ in rows], dtype="S32")
-        assert count_repeats(hashes, of_rows) == naive
+            ids = id_array_of(id_column(texts))
+            assert count_repeats(EqualIds.of(ids), of_rows) == naive
 
     @given(st.lists(st.sampled_from(["a", "b", "ccc", None]), max_size=12), st.integers(0, 12))
     def test_ids_read_as_the_texts_they_are(self, texts: list[str | None], cut: int) -> None:
-        parts = [pa.array(part, pa.string()) for part in (texts[:cut], texts[cut:])]
-        ids = RowIds[str | None](pa.chunked_array(parts))
-        assert list(ids) == texts
-        assert list(ids.texts()) == list(dict.fromkeys(text for text in texts if text is not None))
-        assert ids.among(pa.array(["a", "x"])).tolist() == [text == "a" for text in texts]
+        texts = [PROMPT if text == "b" else text for text in texts]
+        ids = RowIds(pa.chunked_array([id_column(texts[:cut]).chunk(0), id_column(texts[cut:]).chunk(0)]))
+        present = [text for text in texts if text is not None]
+        assert len(ids.distinct) == len(set(present))
+        assert [code < 0 for code in ids.codes] == [text is None for text in texts]
+        known = list(ids.texts())
+        assert known == sorted(known)
+        for text, code in zip(texts, ids.codes.tolist(), strict=True):
+            assert [i for i, other in enumerate(texts) if other == text] == np.flatnonzero(ids.codes == code).tolist()
+            assert text != PROMPT or known[code] == PROMPT
+        among = ids.among(id_array_of(id_column(["x", "a", PROMPT])))
+        assert among.tolist() == [text in ("a", PROMPT) for text in texts]
+        assert ids.shared_with(RowIds(id_column(["x", "a", PROMPT]))) == len({"a", PROMPT} & set(present))
+
+    @given(st.lists(st.sampled_from([PROMPT, PROMPT.upper(), PROMPT[:-1] + " ", "x" * 32, PROMPT[:-2], "", "äöü"])))
+    def test_different_texts_have_different_ids(self, texts: list[str]) -> None:
+        """An id in capitals is another text than the same in small letters."""
+        ids = id_array_of(id_column(texts))
+        assert len({one.tobytes() for one in ids}) == len(set(texts))
 
     @given(
         st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.booleans(), st.booleans()), max_size=24),
     )
     def test_pairs_are_those_of_a_naive_search(self, rows: list[tuple[str | None, bool, bool]]) -> None:
         class Pairs:
-            pair_ids = RowIds[str | None](pa.chunked_array([pa.array([name for name, _, _ in rows], pa.string())]))
+            pair_ids = RowIds(id_column([name for name, _, _ in rows]))
             labels = np.array([label for _, label, _ in rows], dtype=bool)
 
         cache: Any = Pairs()
@@ -266,16 +292,17 @@ class TestIds:
             if name is not None:
                 sides[name][0 if label else 1].append(i)
         naive = sorted((pair for good, bad in sides.values() for pair in zip(good, bad, strict=False)), key=min)
-        assert units_of(cache, chosen, 2).tolist() == [list(pair) for pair in naive]
+        assert units_of(cache, np.array(chosen, dtype=np.int32), 2).tolist() == [list(pair) for pair in naive]
 
     @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
     def test_prompts_are_held_out_by_their_keyed_hash(self, whole: Path, fraction: float) -> None:
         rows = CacheRows(whole)
         for seed in range(5):
-            prompts = sorted(set(rows.prompt_ids), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
+            of_rows = rows.column("prompt_id").to_pylist()
+            prompts = sorted(set(of_rows), key=lambda p: hashlib.blake2b(f"{seed}/{p}".encode()).digest())
             held = set(prompts[: held_out_prompts(fraction, len(prompts))])
             trained, held_out = split_by_prompt(rows, fraction, seed)
-            assert held_out.tolist() == [i for i, prompt in enumerate(rows.prompt_ids) if prompt in held]
+            assert held_out.tolist() == [i for i, prompt in enumerate(of_rows) if prompt in held]
             assert sorted([*trained, *held_out]) == list(range(ROWS))
 
     def test_counts_of_the_manifest_are_those_of_the_rows(self, base: Path, tmp_path: Path) -> None:
@@ -294,26 +321,45 @@ class TestIds:
         assert contradictions(cache) == 2
 
 
+def waiting_bytes(rows: CacheRows, *, every: bool) -> list[int]:
+    """Return the bytes of the rows that wait after each batch of an epoch, or with `every` of one batch of all rows."""
+    found = []
+    batches = EpochBatches([np.arange(ROWS)[:, None]], ROWS if every else 2, shuffle=True, seed=1)
+    for _ in BatchLoader(rows, batches):
+        found.append(sum(one.decoded.nbytes for one in rows._reader._waiting.values()))
+    return found
+
+
 class TestReading:
     @pytest.fixture
     def expected(self, whole: Path) -> list[dict[str, Any]]:
         paths = sorted((whole / "train").iterdir())
         return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
-    @pytest.mark.parametrize("memory", [0, 2 * 1800, 2**20])
+    @pytest.mark.parametrize(("of_block", "blocks"), [(64, 3), (2, 5), (1, 8)])
+    @pytest.mark.parametrize("memory", [0, 2000, 2**30])
     def test_batches_are_the_rows_of_the_files(
-        self, whole: Path, expected: list[dict[str, Any]], memory: int, monkeypatch: pytest.MonkeyPatch
+        self,
+        whole: Path,
+        expected: list[dict[str, Any]],
+        memory: int,
+        of_block: int,
+        blocks: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(row_reader, "_BYTES_AHEAD", memory)
+        monkeypatch.setattr(shard_files, "_GROUPS_OF_BLOCK", of_block)
         rows = CacheRows(whole)
+        assert rows._files.block_count == blocks
         decoded: list[int] = []
-        decode = row_reader.RowReader._decode
+        pieces = ShardFiles.pieces
 
-        def counted(reader: row_reader.RowReader, group: int) -> Any:
-            decoded.append(group)
-            return decode(reader, group)
+        def counted(files: ShardFiles, groups: np.ndarray, columns: list[str], *, most_bytes: int) -> Any:
+            for some, table in pieces(files, groups, columns, most_bytes=most_bytes):
+                decoded.extend(some.tolist())
+                yield some, table
 
-        monkeypatch.setattr(row_reader.RowReader, "_decode", counted)
+        monkeypatch.setattr(ShardFiles, "pieces", counted)
         batches = EpochBatches([np.arange(ROWS)[:, None]], 3, shuffle=True, seed=0)
         for epoch in range(3):
             batches.set_epoch(epoch)
@@ -331,19 +377,16 @@ class TestReading:
                 assert row.mismatched.ref_token_logps.tolist() == wanted["ref_kl_token_logps"][partner]
                 assert row.mismatched.ref_logps == wanted["ref_kl_logps"][partner]
             groups = rows._files.group_count
-            assert len(decoded) == groups if memory == 2**20 else len(decoded) > groups
-            assert rows._reader._kept == {}
-            assert rows._reader._kept_bytes == 0
+            assert len(decoded) == groups if memory == 2**30 else len(decoded) > groups
+            assert rows._reader._waiting == {}
 
     def test_memory_for_coming_rows_is_bounded(self, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", 4 * 1800)
-        rows = CacheRows(whole)
-        most = 0
-        for _ in BatchLoader(rows, EpochBatches([np.arange(ROWS)[:, None]], 2, shuffle=True, seed=1)):
-            kept = rows._reader._kept
-            assert rows._reader._kept_bytes == sum(row.nbytes for row in kept.values())
-            most = max(most, len(kept))
-        assert 1 <= most <= 5
+        """Check that as many rows wait as fit, up to chance: a block may have more than its share of the next rows."""
+        size = max(waiting_bytes(CacheRows(whole), every=True)) / ROWS
+        monkeypatch.setattr(row_reader, "_BYTES_AHEAD", 6 * size)
+        monkeypatch.setattr(row_reader, "_LARGE_ROW", size)
+        most = max(waiting_bytes(CacheRows(whole), every=False))
+        assert 2 * size <= most <= 12 * size
 
     def test_rows_out_of_order_disturb_nothing(self, whole: Path, expected: list[dict[str, Any]]) -> None:
         """An evaluation reads rows of the cache in the middle of an epoch, with their first mismatched completion."""
@@ -366,3 +409,32 @@ class TestReading:
         for i in (0, 19, 8, 1, 18):
             assert rows[i].row_id == expected[i]["row_id"]
             assert len(rows._files._footers._files) == 1
+
+
+def test_a_row_takes_few_bytes_of_memory(whole: Path, tmp_path: Path) -> None:
+    """Compare an opened run of few rows with one of many: positions, labels and the order of an epoch, but no objects."""
+
+    def opened(copies: int) -> int:
+        folder = tmp_path / str(copies)
+        shutil.copytree(whole, folder)
+        rows = CacheRows(folder)
+        of_cache = len(rows)
+        rows.labels = np.tile(rows.labels, copies)
+        rows._fitting = np.tile(rows._fitting, copies)
+        strata = strata_of(rows, units_of(rows, rows.positions, 1), balance=True)
+        gc.collect()
+        tracemalloc.start()
+        held = HeldOutRows(rows, rows.positions)
+        batches = EpochBatches(strata, 32, shuffle=True, seed=0)
+        seen = RowLogratios(len(rows))
+        orders: list[np.ndarray] = []
+        batches.on_order = lambda order, partner: orders.append(order)
+        iterator = iter(batches)
+        next(iterator)
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(held.indices) == len(seen.steps) == len(orders[0]) == copies * of_cache
+        return taken
+
+    few, many = opened(100), opened(1000)
+    assert (many - few) / (900 * ROWS) < 24

@@ -1,15 +1,18 @@
 """The leader, with a transport in memory: queue, losses, refusals, growth, and shards that await others."""
 
+import threading
+import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
 
-from offline_kto.kto_core.errors import ModelError
+from offline_kto.kto_core.errors import CacheError, ModelError
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.leader import Leader
 from offline_kto.precompute.needs import Needs, SequenceIds
+from offline_kto.precompute.scoring import without_work
 from offline_kto.precompute.worker import RefusedError
 from offline_kto.precompute.workers import Answer, Answered, Event, Failed, Lost, Ready, Said, Scored, Task, WorkerPlace
 
@@ -30,6 +33,10 @@ class Transport:
         self.submitted: list[int] = []
         self.grown: list[int] = []
         self.started = 0
+
+    @property
+    def room(self) -> int:
+        return self.most
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         self.grown.append(wanted)
@@ -67,16 +74,26 @@ class Transport:
 
 
 def led(
-    transport: Transport, missing: int = 4, awaited: dict[int, set[int]] | None = None, most: int = 2
+    transport: Transport,
+    missing: int = 4,
+    awaited: dict[int, set[int]] | None = None,
+    most: int = 2,
+    *,
+    prepare: Callable[[int], set[int]] | None = None,
+    finished: list[int] | None = None,
 ) -> tuple[Leader, list[int], Progress]:
-    finished: list[int] = []
+    finished = [] if finished is None else finished
+
+    def await_others(index: int) -> set[int]:
+        return {one for one in (awaited or {}).get(index, set()) if one not in finished}
+
     progress = Progress("scoring", 80 * missing, "tokens")
     leader = Leader(
         transport,
         range(missing),
         "refs",
         most=most,
-        prepare=lambda index: {one for one in (awaited or {}).get(index, set()) if one not in finished},
+        prepare=prepare or await_others,
         finish=lambda index, found: finished.append(index),
         keep=lambda: None,
         progress=progress,
@@ -170,6 +187,78 @@ def test_a_shard_that_awaits_others_is_written_after_them() -> None:
     assert sorted(transport.submitted) == [0, 0, 1, 1, 2, 2]
 
 
+def test_plan_files_are_written_ahead_one_for_each_worker() -> None:
+    written, ahead = [], []
+
+    class Slow(Transport):
+        def wait(self, seconds: float) -> list[Event]:
+            deadline = time.monotonic() + 10
+            while self.alive and len(written) < min(len(self.submitted) + len(self.alive), 9):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            ahead.append(len(written) - len(self.submitted))
+            return super().wait(seconds)
+
+    def prepare(index: int) -> set[int]:
+        assert threading.current_thread() is not threading.main_thread()
+        written.append(index)
+        return set()
+
+    _, finished, _ = led(Slow(), missing=9, prepare=prepare)
+    assert sorted(written) == sorted(finished) == [*range(9)]
+    assert max(ahead) == ahead[0] == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("plan")]
+
+
+def test_a_plan_file_is_written_again_if_a_shard_that_it_awaits_was_completed_meanwhile() -> None:
+    """One worker: the file of shard 1 is written while shard 0 is scored."""
+    written: list[tuple[int, set[int]]] = []
+    finished: list[int] = []
+
+    class Slow(Transport):
+        def wait(self, seconds: float) -> list[Event]:
+            deadline = time.monotonic() + 10
+            while len(written) < min(len(self.submitted) + 1, 2):
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            return super().wait(seconds)
+
+    def prepare(index: int) -> set[int]:
+        awaited = {one for one in range(index) if one not in finished}
+        written.append((index, awaited))
+        return awaited
+
+    transport = Slow(most=1)
+    led(transport, missing=2, most=1, prepare=prepare, finished=finished)
+    assert written == [(0, set()), (1, {0}), (1, set())]
+    assert transport.submitted == [0, 1]
+
+
+def test_an_error_of_a_plan_file_ends_the_run() -> None:
+    def prepare(index: int) -> set[int]:
+        raise CacheError("disk full")
+
+    with pytest.raises(CacheError, match=r"^disk full$"):
+        led(Transport(), prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers", "rows", "line"),
+    [
+        (8, 8, 4096 * 8, ""),
+        (3, 8, 12_288, "3 shards for 8 workers: 5 have no work; --rows-per-shard 512 makes 24"),
+        (7, 8, 28_000, "7 shards for 8 workers: 1 has no work; --rows-per-shard 1024 makes 28"),
+        (1, 2, 4096, "1 shard for 2 workers: 1 has no work; --rows-per-shard 512 makes 8"),
+        (1, 8, 100, "1 shard for 8 workers: 7 have no work"),  # shards of four rows would not help
+        (1, 8, 0, "1 shard for 8 workers: 7 have no work"),
+    ],
+)
+def test_workers_without_work_are_counted_and_smaller_shards_proposed(
+    shards: int, workers: int, rows: int, line: str
+) -> None:
+    assert without_work(shards, workers, rows) == line
+
+
 def test_other_devices_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     class Mixed(Transport):
         def start(self, name: str) -> Event:
@@ -215,19 +304,18 @@ def test_each_sequence_is_in_the_company_of_one_shard() -> None:
         assert needs.unknown_tokens == 3 * len(owners)
         assert len(needs.unscored()) == len(owners)
         for number in missing:
-            need = needs.of(number)
-            mine = list(dict.fromkeys(one for i in shards[number] for one in needs.ids_of(i)))
-            assert list(need.company) == [one for one in mine if owners[one] == number]
-            assert need.awaited == {one: owners[one] for one in mine if owners[one] != number and one not in need.given}
-            scores = {one: np.full(2, -float(number), dtype=np.float32) for one in need.company}
-            assert {one: need.given[one][0] for one in need.given} == {one: -float(owners[one]) for one in need.given}
-            lent = {
-                one
-                for one in need.company
-                for other in missing
-                if other > number and any(one in needs.ids_of(i) for i in shards[other])
-            }
+            need, mine = needs.of(number), needs.ids_of(number)
+            assert mine == [f"{int(name):016d}".encode().hex() for i in shards[number] for name in rows[i]]
+            assert [mine[i] for i in np.flatnonzero(need.in_company)] == [one for one in mine if owners[one] == number]
+            company = needs.company(number, need)
+            assert list(company) == [one for one in dict.fromkeys(mine) if owners[one] == number]
+            assert all(f"{int(x[0]):016d}".encode().hex() == one for one, (x, _) in company.items())
+            given = {name: one for name, one in zip(mine, need.scores, strict=True) if one is not None}
+            assert {one: scores[0] for one, scores in given.items()} == {one: -float(owners[one]) for one in given}
+            assert need.awaited == {owners[one] for one in mine if owners[one] != number and one not in given}
+            scores = {one: np.full(2, -float(number), dtype=np.float32) for one in company}
+            lent = {one for one in company for other in missing if other > number and one in needs.ids_of(other)}
             assert set(needs.lent_by(number)) == lent
             needs.complete(number, scores)
-            assert needs.of(number).awaited == {}
+            assert needs.of(number).awaited == set()
         assert len(needs.unscored()) == 0

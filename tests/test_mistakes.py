@@ -255,7 +255,7 @@ def test_our_own_mistakes_keep_their_traceback(
 ) -> None:
     import offline_kto.precompute.pipeline
 
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(offline_kto.precompute.pipeline, "make_plan", broken)

@@ -182,11 +182,14 @@ def test_a_damaged_part_is_scored_again(config: PrecomputeConfig, at_once: None,
     kept = stopped(config, after=6)
     part = max(config.out.glob(".parts/train/*.parquet"), key=lambda path: path.stat().st_size)
     content = bytearray(part.read_bytes())
+    group = pq.ParquetFile(part).metadata.row_group(0)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    scores = next(column for column in columns if column.path_in_schema.startswith("ref_token_logps"))
     if damage == "a link":
         part.rename(config.out.parent / "elsewhere.parquet")
         part.symlink_to(config.out.parent / "elsewhere.parquet")
     else:
-        content[len(content) // 3] ^= 16
+        content[scores.dictionary_page_offset + scores.total_compressed_size - 4] ^= 16
         part.write_bytes(content if damage == "a byte" else content[: len(content) // 2])
     precompute(config)
     every = set().union(*sequences_by_row(config))

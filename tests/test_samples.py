@@ -191,7 +191,7 @@ class TestOfARun:
         tokenizer = transformers.AutoTokenizer.from_pretrained(run)
         model = transformers.AutoModelForCausalLM.from_pretrained(run)
         for one in samples[2:]:
-            ids = rows[rows.prompt_ids.index(one["prompt_id"])].matched.prompt_ids.tolist()
+            ids = rows[rows.column("prompt_id").to_pylist().index(one["prompt_id"])].matched.prompt_ids.tolist()
             assert one["prompt"] == tokenizer.decode(ids)
             assert "<|im_start|>user" in one["prompt"]
             out = model.generate(torch.tensor([ids]), max_new_tokens=one["tokens"], do_sample=False)[0, len(ids) :]

@@ -23,7 +23,7 @@ STEADY = Job(
     startup=30.0,
     startup_spread=0.0,
     leader_seconds=0.0,
-    leader_a_row=0.0,
+    plan_a_row=0.0,
     node_losses=0.0,
 )
 ROUGH = dataclasses.replace(STEADY, node_losses=20.0, worker_losses=2.0, startup_spread=0.3, rate_spread=0.1)
@@ -123,10 +123,17 @@ def test_a_cluster_that_loses_all_nodes_is_told_apart() -> None:
 def test_a_slow_leader_is_a_limit_of_its_own() -> None:
     job = dataclasses.replace(STEADY, rows_a_shard=10, leader_seconds=0.5)
     assert simulate(job).wall == pytest.approx(6400 * 0.5, rel=0.05)
-    planned = dataclasses.replace(STEADY, rows_a_second=1e6, leader_a_row=0.01)
-    assert simulate(planned).wall == pytest.approx(30.0 + 64_000 * 0.01, rel=0.05)
-    shared = dataclasses.replace(planned, leader_processes=8)
-    assert simulate(shared).wall == pytest.approx(30.0 + 64_000 * 0.01 / 8, rel=0.05)
+
+
+def test_slow_plan_files_are_a_limit_of_their_own() -> None:
+    """Those of the first shards are written while the workers start; none of them waits if they take less than scoring."""
+    job = dataclasses.replace(STEADY, rows_a_second=1e6, overhead_a_row=0.0, overhead_a_shard=0.0)
+    slow = dataclasses.replace(job, plan_a_row=0.01)
+    assert simulate(slow).wall == pytest.approx(64_000 * 0.01, rel=0.01)
+    more = dataclasses.replace(slow, startup=300.0)
+    assert simulate(more).wall == pytest.approx(300.0 + (64 - 16) * 10.0, rel=0.01)  # sixteen files, and no more
+    ahead = dataclasses.replace(STEADY, plan_a_row=0.0001)  # 0.1 s a file, of shards of 100 s
+    assert simulate(ahead).wall == pytest.approx(simulate(STEADY).wall)
 
 
 def test_the_recommended_size_has_the_fewest_shards_among_the_good_ones() -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.errors import FeedbackError, KTOError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.records import parse_record
 from offline_kto.precompute.records.sources import SourceFile, describe_source, read_records, warnings_about
@@ -914,7 +914,8 @@ def test_classes_that_dataset_infos_describes_have_their_names(tmp_path, name):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = [record for _, record in read(path)]
     assert [one["label"] for one in records] == ["bad", "good"]
-    assert [int(one["kind"]) for one in records] == [1, 0]
+    # Two configurations name them differently, so the numbers must not be read as labels.
+    assert [one["kind"] for one in records] == ["class 1 (of unknown name)", "class 0 (of unknown name)"]
     assert [int(one["n"]) for one in records] == [1, 0]
 
 
@@ -922,7 +923,88 @@ def test_names_and_numbers_of_classes_may_be_mixed(tmp_path):
     label = {"names": ["good", "bad"], "_type": "ClassLabel"}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"features": {"label": label}}))
     (tmp_path / "f.jsonl").write_text('{"label": "bad"}\n{"label": -1}\n{"label": true}\n{"label": 7}\n')
-    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == ["bad", None, True, 7]
+    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == [
+        *("bad", None, True, "class 7 (of unknown name)")
+    ]
+
+
+_LABEL = {"_type": "ClassLabel", "names": ["good", "bad"]}
+_CARD = """---
+license: mit
+dataset_info:
+  features:
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '1': bad
+          '0': good
+  - {name: raters, sequence: {class_label: {names: {0: good, 1: bad}}}}
+  - {name: meta, struct: [{name: label, dtype: {class_label: {names: [good, bad]}}}, {name: x, dtype: string}]}
+  - name: turns
+    list:
+    - {name: label, dtype: {class_label: {names: {'0': good, '1': bad}}}}
+---
+# A data set
+"""
+
+
+def _in_card(folder, card=_CARD):
+    (folder / "README.md").write_text(card)
+
+
+def _in_infos(folder):
+    lists = [{"_type": "List", "feature": one} for one in (_LABEL, {"label": _LABEL})]
+    features = {"label": _LABEL, "raters": lists[0], "meta": {"label": _LABEL}, "turns": lists[1]}
+    (folder / "dataset_infos.json").write_text(json.dumps({"default": {"features": features}}))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["f.jsonl", "train.parquet", "data/train.jsonl", "data/en/train.jsonl"])
+@pytest.mark.parametrize("describe", [_in_card, _in_infos, lambda folder: (_in_card(folder), _in_infos(folder))])
+def test_names_of_classes_are_found_beside_the_files(tmp_path, describe, name, whole):
+    rows = [{"label": n, "raters": [n, 1], "meta": {"label": n}, "turns": [{"label": n}], "n": n} for n in (1, 0)]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    describe(tmp_path)
+    records = [record for _, record in read(tmp_path if whole else path)]
+    assert records == [
+        {"label": one, "raters": [one, "bad"], "meta": {"label": one}, "turns": [{"label": one}], "n": n}
+        for one, n in (("bad", 1), ("good", 0))
+    ]
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        _CARD.replace("'0': good", "'2': good"),
+        _CARD.replace("        names:\n          '1': bad\n          '0': good\n", "        num_classes: 2\n"),
+        "---\ndataset_info:\n"
+        + "".join(
+            f"- config_name: {name}\n  features:\n  - {{name: label, dtype: {{class_label: {{names: [{names}]}}}}}}\n"
+            for name, names in (("a", "good, bad"), ("b", "bad, good"), ("c", "good, bad"))
+        )
+        + "---\n",
+    ],
+    ids=["a gap", "no names", "two configurations"],
+)
+def test_a_number_of_a_class_without_a_name_is_no_label(tmp_path, card):
+    _in_card(tmp_path, card)
+    (tmp_path / "f.jsonl").write_text('{"label": 0}\n')
+    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == ["class 0 (of unknown name)"]
+
+
+def test_a_card_that_describes_classes_must_be_readable(tmp_path):
+    (tmp_path / "f.jsonl").write_text('{"label": 0}\n')
+    _in_card(tmp_path, "---\nlicense: [\n---\n")
+    assert [record["label"] for _, record in read(tmp_path / "f.jsonl")] == [0]
+    _in_card(tmp_path, "---\ndataset_info: [class_label\n---\n")
+    with pytest.raises(KTOError, match=r"README.md:\d: not valid YAML"):
+        [*read(tmp_path / "f.jsonl")]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"features": []}', '{"a": {"features": {"label": 1}}}', '{"a": 3}'])

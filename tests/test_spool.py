@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from feedback_files import chat_rows, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from models import tiny_tokenizer
-from naive_plan import naive_counts, naive_labels_hash, naive_settled
+from naive_plan import naive_counts, naive_key, naive_labels_hash, naive_settled, naive_shard
 
+from offline_kto.kto_core.cache.shards import schema_of
 from offline_kto.kto_core.errors import CacheError, FeedbackError
 from offline_kto.kto_core.hashing import hex_ids, ids_id, json_hash, sequence_id
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.precompute import spool, spool_folder
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.plan import Plan, make_plan
+from offline_kto.precompute.needs import Need
+from offline_kto.precompute.plan import Plan, make_plan, shard_rows
+from offline_kto.precompute.plan_files import read_plan_file, write_plan_file
+from offline_kto.precompute.shard_tables import scored_table, shard_key, unscored_table
 from offline_kto.precompute.spool import PlannedRow, PlannedRows, Spool
 
 MAX_LENGTH = 12
@@ -183,6 +188,41 @@ def test_counts_and_hashes_equal_those_of_rows_in_memory(
     assert plan.completion_lengths.tolist() == lengths
 
 
+@pytest.mark.parametrize("kind", PLANS)
+def test_shards_equal_those_made_row_by_row(
+    kind: str, plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In full as they are written, and without some scores through a plan file. Shards begin and end within batches."""
+    monkeypatch.setattr(spool, "_ROWS", 7)
+    rows, options = PLANS[kind]
+    plan, random = plan_of(rows, **options), np.random.default_rng(0)
+    for shard in shard_rows(plan, 11):
+        sequences = [one for index in shard for one in plan.sequences(index)]
+        scores = [-random.random(len(completion), dtype=np.float32) for _, completion in sequences]
+        table = scored_table(unscored_table(plan, shard), scores)
+        expected = naive_shard(plan, shard, scores)
+        assert table.equals(pa.Table.from_pylist(expected, schema=schema_of(expected, "expected")))
+        assert shard_key(plan, shard) == naive_key(plan, shard)
+
+        has_score, in_company = random.random((2, len(scores))) < 0.5
+        known = [one if has else None for one, has in zip(scores, has_score.tolist(), strict=True)]
+        path = tmp_path / ".plan/00000.parquet"
+        write_plan_file(path, unscored_table(plan, shard), Need(in_company, known, set()), {"key": "k"})
+        found = read_plan_file(path)
+        assert found.metadata == {"key": "k"}
+        names = [sequence_id(*one) for one in sequences]
+        assert found.ids == names
+        assert {name: one.tolist() for name, one in found.scores.items()} == {
+            name: one.tolist() for name, one in zip(names, known, strict=True) if one is not None
+        }
+        members = [one for one, is_in in zip(sequences, in_company.tolist(), strict=True) if is_in]
+        company = {sequence_id(*one): one for one in members}
+        assert list(found.company) == list(company)
+        for name, pair in found.company.items():
+            assert [one.tolist() for one in pair] == [one.tolist() for one in company[name]]
+        assert scored_table(found.table, scores).equals(table)
+
+
 # The file
 
 
@@ -219,7 +259,7 @@ def test_the_folder_has_room_for_the_rows(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(spool_folder, "_free", free.__getitem__)
 
     def chosen(data_bytes: int, out: Path | str = beside / "new" / "refs") -> Path:
-        return spool_folder.spool_folder(out, data_bytes)
+        return spool_folder.spool_folders(out, data_bytes)[0]
 
     assert (chosen(25), chosen(26), chosen(10**9)) == (temporary, beside, beside)
     assert chosen(10**9, "s3://bucket/refs") == temporary

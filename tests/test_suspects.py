@@ -217,6 +217,8 @@ class TestChoice:
             return [row, {**row, "label": not row["label"]}] if number in (1, 2) else [row]
 
         rows = CacheRows(rewritten(cache, tmp_path / "repeated", change))
+        assert repeated_rows(rows, most=1).duplicates.total == 0  # as the manifest says, so that no id is read
+        rows.manifest.data["duplicates"] = 1
         found = repeated_rows(rows, most=1)
         assert [group.tolist() for group in found.duplicates.groups] == [[0, 1, 2]]
         assert [group.tolist() for group in found.contradictions.groups] == [[3, 4]]
@@ -304,7 +306,7 @@ class TestGroups:
         for group, chosen in ((found[-2], range(24)), (found[-1], range(24, 40))):
             rows = torch.tensor([*chosen])
             alone = Scores(
-                prompt_ids=[scores.prompt_ids[i] for i in chosen],
+                prompts=scores.prompts[chosen],
                 masses=scores.masses[rows],
                 objectives={},
                 tokens=scores.tokens[rows],

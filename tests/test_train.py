@@ -393,9 +393,10 @@ class TestEvaluation:
         rows = CacheRows(cache)
         trained, held = (part.tolist() for part in split_by_prompt(rows, 0.3, 0))
         assert sorted(trained + held) == list(range(20))
-        assert not {rows.prompt_ids[i] for i in trained} & {rows.prompt_ids[i] for i in held}
+        prompts = rows.column("prompt_id").to_pylist()
+        assert not {prompts[i] for i in trained} & {prompts[i] for i in held}
         assert split_by_prompt(rows, 0.3, 1)[0].tolist() != trained
-        assert len({rows.prompt_ids[i] for i in held}) == round(0.3 * len(set(rows.prompt_ids)))
+        assert len({prompts[i] for i in held}) == round(0.3 * len(set(prompts)))
 
     def test_held_out_values_equal_a_naive_computation(self, config: TrainConfig) -> None:
         run = train(replace(config, eval_fraction=0.3, eval_steps=5))

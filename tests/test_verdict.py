@@ -155,7 +155,9 @@ class TestStatistics:
 
     def test_prompts_are_counted_by_class(self) -> None:
         scores = some_scores()
-        of_class = [len({p for p, y in zip(scores.prompt_ids, scores.labels, strict=True) if y == z}) for z in (0, 1)]
+        of_class = [
+            len({p for p, y in zip(scores.prompts.tolist(), scores.labels, strict=True) if y == z}) for z in (0, 1)
+        ]
         assert scores.prompts_of_class == min(of_class)
         assert replace(scores, masses=one_bit(torch.ones(40, dtype=torch.bool))).prompts_of_class == 20
 

@@ -148,7 +148,7 @@ def test_a_cache_from_vllm_trains(bos: bool, tmp_path: Path, capfd: pytest.Captu
 
 
 def test_two_workers_with_an_engine_each_score_what_one_process_does(base: Path, tmp_path: Path) -> None:
-    """As for two GPUs; on a CPU the second engine is just another process."""
+    """Check two engines as on two GPUs; on a CPU the second one is just another process."""
     data = write_feedback(tmp_path / "f.jsonl", 40, seed=5)
     config = PrecomputeConfig(model=str(base), data=str(data), out=tmp_path / "a", rows_per_shard=15)
     precompute(config)

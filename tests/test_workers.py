@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_rows
 
-import offline_kto.precompute.engines.process as process
+import offline_kto.precompute.engines.child_process as process
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
 from offline_kto.kto_core.hashing import sequence_id
@@ -172,7 +172,7 @@ def test_a_leader_that_is_stopped_leaves_a_cache_that_the_same_command_finishes(
     config: PrecomputeConfig, tmp_path: Path, by: signal.Signals
 ) -> None:
     out = tmp_path / "refs"
-    before = f"import offline_kto.precompute.engines.process as p; p._CHILD = {SOON + SLOWLY!r} + p._CHILD\n"
+    before = f"import offline_kto.precompute.engines.child_process as p; p._CHILD = {SOON + SLOWLY!r} + p._CHILD\n"
     leader = forks.Fork(before + SCORE, *options(config, out), "--workers", 2)
     deadline = time.monotonic() + 200
     while len(list(out.glob("train/[!.]*.parquet"))) < 2:
@@ -204,7 +204,7 @@ def test_what_a_worker_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path
         "import torch; from offline_kto.kto_core.scoring.passes import ScoringPasses as P\n"
         "def forward(*a):\n    raise torch.OutOfMemoryError('simulated')\nP._forward = forward\n"
     )
-    before = f"import offline_kto.precompute.engines.process as p; p._CHILD = {failing!r} + p._CHILD\n"
+    before = f"import offline_kto.precompute.engines.child_process as p; p._CHILD = {failing!r} + p._CHILD\n"
     done = forks.run(before + SCORE, *options(config, tmp_path / "refs"), "--workers", 2)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from offline_kto.kto_core.equal_ids import EqualIds
+
 
 class Repeats(NamedTuple):
     """Numbers of distinct ids that several rows have: rows of one label, and rows of both."""
@@ -12,51 +14,18 @@ class Repeats(NamedTuple):
     contradictions: int
 
 
-class EqualRows(NamedTuple):
-    """Rows grouped by their ids.
-
-    Attributes:
-        order: positions of all rows, those with equal ids together and the first of them first, shape (rows,).
-        starts: where each group starts in `order`, shape (groups,).
-    """
-
-    order: np.ndarray
-    starts: np.ndarray
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Number of rows in each group, shape (groups,)."""
-        return np.diff(self.starts, append=len(self.order))
-
-    def desirable(self, labels: np.ndarray) -> np.ndarray:
-        """Return how many rows of each group have label true, shape (groups,)."""
-        return np.add.reduceat(labels[self.order].astype(np.int64), self.starts)
-
-
-def equal_rows(ids: np.ndarray) -> EqualRows:
-    """Group rows by their ids.
+def have_both_labels(rows: EqualIds, labels: np.ndarray) -> np.ndarray:
+    """Return whether rows of both labels have an id, for each distinct id; bool.
 
     Args:
-        ids: shape (rows,): whole numbers, or bytes of one length (a multiple of 8).
-    """
-    words = np.ascontiguousarray(ids).view(np.uint64).reshape(len(ids), -1) if len(ids) else np.empty((0, 1), np.uint64)
-    order = np.lexsort(words.T)
-    words = words[order]
-    new = np.ones(len(ids), dtype=bool)
-    new[1:] = (words[1:] != words[:-1]).any(axis=1)
-    return EqualRows(order, np.flatnonzero(new))
-
-
-def count_repeats(ids: np.ndarray, labels: np.ndarray) -> Repeats:
-    """Count the ids that several rows have.
-
-    Args:
-        ids: of the rows; see `equal_rows`.
+        rows: by their ids.
         labels: bool, shape (rows,).
     """
-    groups = equal_rows(ids)
-    if not len(groups.starts):
-        return Repeats(0, 0)
-    repeated, desirable = groups.sizes > 1, groups.desirable(labels)
-    both = (desirable > 0) & (desirable < groups.sizes)
-    return Repeats(int((repeated & ~both).sum()), int(both.sum()))
+    desirable = rows.sums(labels)
+    return (desirable > 0) & (desirable < rows.sizes)
+
+
+def count_repeats(rows: EqualIds, labels: np.ndarray) -> Repeats:
+    """Count the ids that several rows have. Args: as for `have_both_labels`."""
+    both = have_both_labels(rows, labels)
+    return Repeats(int(((rows.sizes > 1) & ~both).sum()), int(both.sum()))

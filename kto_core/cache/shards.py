@@ -6,7 +6,7 @@ therefore always a complete file.
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict, cast, overload
 
@@ -134,13 +134,18 @@ def schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:
         raise CacheError(f"{where}: some of its rows have masses or objectives that others do not have.")
     if len({PLACE in row for row in rows}) > 1:
         raise CacheError(f"{where}: some of its rows have no {PLACE}.")
-    if not rows:
-        return SCHEMA
-    fields = [field for field in (_PLACE, *_MASSES) if field.name in rows[0]]
-    if OBJECTIVES in rows[0]:
-        struct = pa.struct([pa.field(name, _OBJECTIVE, nullable=False) for name in rows[0][OBJECTIVES]])
-        fields.append(pa.field(OBJECTIVES, struct, nullable=False))
-    return pa.schema([*SCHEMA, *fields])
+    return schema_with([*rows[0]], [*rows[0].get(OBJECTIVES, ())]) if rows else SCHEMA
+
+
+def schema_with(names: Collection[str], objectives: Sequence[str]) -> pa.Schema:
+    """Return the schema of a shard: the format's columns, then the optional ones among `names`.
+
+    Args:
+        objectives: their names.
+    """
+    struct = pa.struct([pa.field(name, _OBJECTIVE, nullable=False) for name in objectives])
+    optional = (_PLACE, *_MASSES, pa.field(OBJECTIVES, struct, nullable=False))
+    return pa.schema([*SCHEMA, *(field for field in optional if field.name in names)])
 
 
 class OptionalColumns(NamedTuple):

@@ -20,7 +20,8 @@ from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA, switch
 from offline_kto.kto_core.feedback.turn_headers import TurnHeaders
 from offline_kto.kto_core.library_types import Tokenizer
 
-# Kinds of conversations that are remembered, and advice for those that are refused.
+# Kinds of conversations that are remembered, and advice for those that are refused: finding it takes many renderings. Each
+# process that reads a part of the data has its own first kinds.
 _MOST_PROBES = 4096
 _MOST_REMEDIES = 20
 _OTHER_WAYS = " Pass a template that takes it with --chat-template FILE, or give prompt and completion as text."

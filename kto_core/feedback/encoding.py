@@ -9,14 +9,13 @@ compared with the usual call on the first texts and on samples of all others; wh
 import re
 from collections.abc import Sequence
 
+from offline_kto.kto_core.feedback.word_ids import Ids, WordIds
 from offline_kto.kto_core.library_types import Tokenizer
 
 # Rows at the beginning that are encoded in the usual way too; after them, one of so many.
 _FIRST, _SAMPLED = 256, 128
 # Different beginnings of completions (template headers) whose ids are kept.
 _MOST_HEADERS = 1000
-
-Ids = list[int]
 
 
 class Encoder:
@@ -28,8 +27,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._split = _last_special(tokenizer) if self._backend is not None else None
+        has_backend = getattr(tokenizer, "backend_tokenizer", None) is not None
+        self._split = _last_special(tokenizer) if has_backend else None
+        self._word_ids = None if self._split is None else WordIds(tokenizer)
         self._is_proven = False
         self._headers: dict[str, Ids] = {}
 
@@ -77,8 +77,8 @@ class Encoder:
         return [ids[text] for text in texts]
 
     def _raw(self, texts: list[str]) -> list[Ids]:
-        assert self._backend is not None
-        return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        assert self._word_ids is not None
+        return self._word_ids.encode(texts)
 
 
 def _last_special(tokenizer: Tokenizer) -> re.Pattern[str] | None:

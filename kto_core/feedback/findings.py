@@ -1,6 +1,7 @@
 """Count the problems that rendering and tokenization find, with the first row of each kind."""
 
 from collections import Counter
+from dataclasses import dataclass, field
 
 # Sentences for the plan. {n} is the count, {s} a plural s, {first} the location of the first row.
 _SENTENCES = {
@@ -42,12 +43,12 @@ _SENTENCES = {
 }
 
 
+@dataclass
 class Findings:
     """Counts of rows that the user should know about, each kind with the location of its first row."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, where: str, count: int = 1) -> None:
         """Add to the count of a kind.
@@ -58,6 +59,16 @@ class Findings:
         """
         self.counts[kind] += count
         self.first.setdefault(kind, where)
+
+    def clear(self) -> None:
+        self.counts.clear()
+        self.first.clear()
+
+    def merge(self, later: "Findings") -> None:
+        """Add the counts of rows that come after all others."""
+        self.counts.update(later.counts)
+        for kind, where in later.first.items():
+            self.first.setdefault(kind, where)
 
     def sentences(self) -> list[str]:
         """Return a sentence for each kind with a count."""

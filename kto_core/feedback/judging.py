@@ -253,17 +253,16 @@ def _of_counts(
         raise LeftOut(UNRATED, "no votes")
     if rule.votes == UNANIMOUS and up and down:
         raise LeftOut(RATERS_DISAGREE, f"{up:g} up, {down:g} down")
-    is_whole = up.is_integer() and down.is_integer()
-    ballots = tuple((share, int(count)) for share, count in ((1.0, up), (0.0, down)) if count) if is_whole else ()
+    ballots = tuple((share, int(count)) for share, count in ((1.0, up), (0.0, down)) if count)
     return _by_rule(rule, up, down), ballots
 
 
 def _votes(value: object, where: str, field: str) -> float:
     number = number_in(value)
-    if number is None or not 0 <= number <= _MOST:
+    if number is None or not number.is_integer() or not 0 <= number <= _MOST:
         raise FeedbackError(
-            f"{where}: '{field}' is {quoted(value)}. Write a number of votes of at least 0 and at most {_MOST:g}, and 0 if there are "
-            "none."
+            f"{where}: '{field}' is {quoted(value)}. Write a whole number of votes of at least 0 and at most {_MOST:g}, and 0 if there "
+            "are none."
         )
     return number
 

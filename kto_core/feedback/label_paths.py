@@ -8,7 +8,7 @@ from typing import Any
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.judging import Reading, judge, of_objectives
-from offline_kto.kto_core.feedback.labels import MOST_VALUES, LabelRule, Scale, UnknownLabelError, has_no_value
+from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError, count_first, has_no_value
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -65,6 +65,18 @@ class LabelPaths:
         objectives = {name: one.ruled(rule) for name, one in self.objectives.items()}
         return replace(self, rule=rule(self.rule), objectives=objectives, seen={})
 
+    @property
+    def each(self) -> "list[LabelPaths]":
+        """These paths, and those of all objectives."""
+        return [self, *(label for one in self.objectives.values() for label in one.each)]
+
+    def merge(self, seen: Mapping[str, Counter[str]]) -> None:
+        """Add the scores that the same paths have counted, without a limit, in records that come after all others."""
+        for name, counts in seen.items():
+            own = self.seen.setdefault(name, Counter())
+            for value, count in counts.items():
+                count_first(own, value, self.rule.most, count)
+
     def read(self, data: Mapping[str, Any], where: str) -> Reading:
         """Return what is read of a row. Raises: see `judging.judge`."""
         if self.objectives:
@@ -82,8 +94,8 @@ class LabelPaths:
         scores = self.named_scores(data, where)
         for name, value in scores.items():
             counts = self.seen.setdefault(name, Counter())
-            shown = (quoted(one, 30) for one in _each(value))
-            counts.update(one for one in shown if len(counts) < MOST_VALUES or one in counts)
+            for one in _each(value):
+                count_first(counts, quoted(one, 30), self.rule.most)
         if self.name is None and len(scores) > 1:
             raise SeveralScoresError(f"{where}: several scores: {', '.join(scores)}. {_NAME_IT}")
         if len(names := self.names(scores)) > 1:

@@ -10,11 +10,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
+
+KeyT = TypeVar("KeyT")
 
 _UP = (
     *("true", "1", "1.0", "yes", "y", "good", "desirable", "chosen", "preferred", "up", "upvote", "upvoted"),
@@ -58,7 +60,9 @@ _BETWEEN = re.compile(
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Names of columns whose numbers are usually on a scale from 1 to 5 or 10.
-_RATING = re.compile(r"rating|(?<![a-z])stars?(?![a-z])|score|grade|points|likert|quality", re.IGNORECASE)
+_RATING = re.compile(
+    r"rating|(?<![a-z])stars?(?![a-z])|score|grade|points|likert|quality|(?<![a-z])(?:nps|csat)(?![a-z])", re.IGNORECASE
+)
 
 # Limit on the number of different values that are counted: a column of free text has one per row.
 _SHORT = 30  # characters of a value that are shown
@@ -106,6 +110,7 @@ class LabelRule:
         votes: SHARE, COUNT or UNANIMOUS, for several raters (`judging.judge`).
         seen: how often a value was seen, by (value, UP, DOWN, LEFT, GRADED or UNKNOWN); for the plan.
         numbers: numbers that were read as the usual words for up and down, 1 and 0, by field; None for any other value.
+        most: limit on the number of different values in `seen`.
     """
 
     up: tuple[object, ...] = ()
@@ -117,6 +122,7 @@ class LabelRule:
     votes: str = SHARE
     seen: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False, repr=False)
     numbers: dict[str, set[float | None]] = field(default_factory=dict, compare=False, repr=False)
+    most: int = field(default=MOST_VALUES, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, values in (("up", self.up), ("down", self.down)):
@@ -197,8 +203,14 @@ class LabelRule:
             shown = _shown(type(value).__name__, value)
         else:
             shown = quoted(value, _SHORT)
-        if len(self.seen) < MOST_VALUES or (shown, destination) in self.seen:
-            self.seen[shown, destination] += 1
+        count_first(self.seen, (shown, destination), self.most)
+
+    def merge(self, seen: Counter[tuple[str, str]], numbers: Mapping[str, set[float | None]]) -> None:
+        """Add what the same rule has counted, without a limit, in rows that come after all others."""
+        for value, count in seen.items():
+            count_first(self.seen, value, self.most, count)
+        for name, values in numbers.items():
+            self.numbers.setdefault(name, set()).update(values)
 
     def _known(self, value: object, where: str, field: str) -> bool | None:
         if not self.up and not self.down:
@@ -210,6 +222,16 @@ class LabelRule:
                 "Change one of them so that no value is both."
             )
         return up if up or down else None
+
+
+def count_first(counts: Counter[KeyT], key: KeyT, most: int, count: int = 1) -> None:
+    """Add to the count of a key that is among the first different ones.
+
+    Args:
+        most: number of keys that are counted.
+    """
+    if len(counts) < most or key in counts:
+        counts[key] += count
 
 
 def _listed(values: Sequence[object]) -> str:

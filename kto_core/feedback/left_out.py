@@ -81,6 +81,11 @@ class LeftOutRows:
         self.rows.append((where, reason, detail))
         self.counts[reason] += 1
 
+    def merge(self, later: "LeftOutRows") -> None:
+        """Add rows that were found after all others."""
+        self.rows += later.rows
+        self.counts.update(later.counts)
+
     def in_words(self) -> Iterator[str]:
         """Yield "unrated: 12" for each reason, the most frequent first."""
         for reason, count in self.counts.most_common():

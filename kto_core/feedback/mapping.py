@@ -6,7 +6,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +139,18 @@ class Mapping:
     def has_label(self) -> bool:
         """Return whether the mapping has a label, which options may change; pairs have none."""
         return (self.turns.label if self.turns is not None else self.label) is not None
+
+    def ruled(self, rule: Callable[[LabelRule], LabelRule]) -> "Mapping":
+        """Return the same mapping with other rules of the label or of the pair, and without counts."""
+        changed = self
+        if self.pair is not None:
+            changed = dataclasses.replace(changed, pair=dataclasses.replace(self.pair, rule=rule(self.pair.rule)))
+        if self.label is not None:
+            changed = dataclasses.replace(changed, label=self.label.ruled(rule))
+        if self.turns is not None and self.turns.label is not None:
+            turns = dataclasses.replace(self.turns, label=self.turns.label.ruled(rule))
+            changed = dataclasses.replace(changed, turns=turns)
+        return changed
 
     def fits(self, record: Record, where: str) -> bool:
         """Return whether a record has a value at any path of a prompt or an answer."""

@@ -20,7 +20,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeGuard
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
@@ -95,6 +95,8 @@ def as_turns(value: object, where: str, field: str) -> Turns:
         if found is None:
             return value
         value = found
+    if type(value) is list and value and all(map(_is_plain, value)):
+        return tuple(map(dict, value))
     if isinstance(value, list | tuple) and _are_text_parts(value):
         return "".join(part["text"] for part in value)
     messages = _message_list(value)
@@ -291,7 +293,7 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
 
 def _message(value: object, where: str, what: str) -> Iterator[Message]:
     """Yield the message, preceded by messages of tools if it contains tool results."""
-    if type(value) is dict and len(value) == 2 and _is_plain(value.get("role"), value.get("content")):
+    if _is_plain(value):
         yield dict(value)
         return
     if not isinstance(value, Mapping):
@@ -366,9 +368,12 @@ def _results_in(text: str) -> list[str]:
     return found if found and end == len(text) else [text]
 
 
-def _is_plain(role: object, content: object) -> bool:
-    """Return whether a message of these two keys needs no conversion, as nearly all do."""
-    return isinstance(content, str) and (
+def _is_plain(value: object) -> TypeGuard[Message]:
+    """Return whether a value is a message of role and content that needs no conversion, as nearly all do."""
+    if type(value) is not dict or len(value) != 2:
+        return False
+    role, content = value.get("role"), value.get("content")
+    return type(content) is str and (
         role in ("user", "assistant", "system") or (role == "tool" and _RESULT_TAG not in content)
     )
 

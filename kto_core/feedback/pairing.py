@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from offline_kto.kto_core.equal_ids import EqualIds, index_type
 from offline_kto.kto_core.errors import PairingError
 from offline_kto.kto_core.feedback.quoting import counted
 
@@ -290,7 +291,7 @@ def _ring_order(rows: PairableRows, seed: int) -> np.ndarray:
     for start in range(0, len(nth), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         keys[some] = _ring_keys(rows.row_id[some], nth[some], seed)
-    return np.lexsort(_halves(keys)).astype(nth.dtype)
+    return EqualIds.of(keys).order.astype(nth.dtype)
 
 
 def _ring_keys(row_id: np.ndarray, nth: np.ndarray, seed: int) -> np.ndarray:
@@ -305,42 +306,17 @@ def _ring_keys(row_id: np.ndarray, nth: np.ndarray, seed: int) -> np.ndarray:
 
 def _numbers_of_identical(rows: PairableRows) -> np.ndarray:
     """Return each row's number among the rows with its id: first those of label false, then in their order."""
-    low, high = _halves(rows.row_id)
-    order = np.lexsort((rows.label, low, high))
+    order, heads = EqualIds.of(rows.row_id, then_by=rows.label)
     position = np.arange(len(order))
-    first = np.maximum.accumulate(np.where(_differs_from_last(low, high, order), position, 0))
-    numbers = np.empty(len(order), dtype=_index_type(len(order)))
+    first = np.maximum.accumulate(np.where(heads, position, 0))
+    numbers = np.empty(len(order), dtype=index_type(len(order)))
     numbers[order] = position - first
     return numbers
 
 
 def _codes(ids: np.ndarray) -> np.ndarray:
     """Return a number from 0 for each id, equal where the ids are."""
-    low, high = _halves(ids)
-    order = np.lexsort((low, high))
-    codes = np.empty(len(order), dtype=_index_type(len(order)))
-    codes[order] = np.cumsum(_differs_from_last(low, high, order)) - 1
-    return codes
-
-
-def _halves(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last and the first 8 bytes of each id as numbers, which `np.lexsort` orders as the bytes are."""
-    pairs = np.ascontiguousarray(ids).view(">u8").reshape(len(ids), 2)
-    return pairs[:, 1].astype(np.uint64), pairs[:, 0].astype(np.uint64)
-
-
-def _differs_from_last(low: np.ndarray, high: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return, in sorted order, whether each id is another one than the id before it; the first is."""
-    differs = np.ones(len(order), dtype=bool)
-    differs[1:] = False
-    for half in (low, high):
-        ordered = half[order]
-        differs[1:] |= ordered[1:] != ordered[:-1]
-    return differs
-
-
-def _index_type(rows: int) -> type[np.signedinteger]:
-    return np.int32 if rows < 2**31 else np.int64
+    return EqualIds.of(ids).numbers()
 
 
 def _check_satisfiable(prompt: np.ndarray, partners: int) -> None:

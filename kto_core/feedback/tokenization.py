@@ -3,12 +3,13 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
-from offline_kto.kto_core.errors import TokenizationError, said_by
+from offline_kto.kto_core.errors import KTOError, TokenizationError, said_by
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.chat_templates import ChatRenderer
 from offline_kto.kto_core.feedback.decoding import Decoder
@@ -44,6 +45,21 @@ def tokenize_rows(rows: Sequence[FeedbackRow], tokenizer: Tokenizer) -> list[Tok
     return [one for one in found if isinstance(one, Tokens)]
 
 
+@dataclass(frozen=True)
+class TokenizingPart:
+    """What `Tokenizing` has counted in one part of the feedback.
+
+    Attributes:
+        rows, ids: number of rows that were tokenized, and of their ids.
+        dated: whether a template wrote the date.
+    """
+
+    findings: Findings
+    rows: int
+    ids: int
+    dated: bool
+
+
 class Tokenizing:
     """Tokenizes rows: conversations with the chat template; plain text with EOS appended once.
 
@@ -66,11 +82,32 @@ class Tokenizing:
         self._around: tuple[list[int], list[int]] | None = None
         self._unknown = _unknown_token(tokenizer)
         self._rows = self._ids = 0
+        self._later_dated = False
+
+    @property
+    def has_template(self) -> bool:
+        """Return whether the tokenizer has a chat template."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
 
     @property
     def dated(self) -> bool:
         """Return whether a template wrote the date."""
-        return self._renderer.dated
+        return self._renderer.dated or self._later_dated
+
+    def take_part(self) -> TokenizingPart:
+        """Return what was counted in one part of the feedback, for `merge`, and begin to count the next part."""
+        findings = Findings(self._findings.counts.copy(), self._findings.first.copy())
+        part = TokenizingPart(findings, self._rows, self._ids, self.dated)
+        self._findings.clear()
+        self._rows = self._ids = 0
+        return part
+
+    def merge(self, later: TokenizingPart) -> None:
+        """Add what was counted in the next part of the feedback."""
+        self._findings.merge(later.findings)
+        self._rows += later.rows
+        self._ids += later.ids
+        self._later_dated = self._later_dated or later.dated
 
     def rendered_text(self) -> RenderedText:
         """Return how text looks that the chat template has written."""
@@ -92,20 +129,39 @@ class Tokenizing:
     def tokenize_chunks(
         self, chunks: Iterable[Sequence[FeedbackRow]]
     ) -> Iterator[tuple[Sequence[FeedbackRow], list[Tokens | TokenizationError]]]:
-        """Yield rows with what `tokenize` returns for them; the next chunk is rendered while one is encoded."""
+        """Yield rows with what `tokenize` returns for them; the next chunk is rendered while one is encoded.
+
+        Raises:
+            KTOError: of the chunks, or see `tokenize`; the rows before it are yielded first.
+        """
         waiting: deque[tuple[Sequence[FeedbackRow], list[_Rendered | TokenizationError], Future[_Sides]]] = deque()
         with ThreadPoolExecutor(max_workers=1) as pool:
+            rendered = self._rendered_chunks(chunks)
+            failure: KTOError | None = None
             try:
-                for rows in chunks:
-                    found = [self._render(row) for row in rows]
-                    waiting.append((rows, found, pool.submit(self._encode_sides, rows, found)))
-                    if len(waiting) > 1:
-                        yield self._finished(*waiting.popleft())
+                while failure is None:
+                    try:
+                        if (one := next(rendered, None)) is None:
+                            break
+                    except KTOError as error:
+                        failure = error
+                    else:
+                        waiting.append((*one, pool.submit(self._encode_sides, *one)))
+                        if len(waiting) > 1:
+                            yield self._finished(*waiting.popleft())
                 while waiting:
                     yield self._finished(*waiting.popleft())
+                if failure is not None:
+                    raise failure
             finally:
                 for *_, sides in waiting:
                     sides.cancel()
+
+    def _rendered_chunks(
+        self, chunks: Iterable[Sequence[FeedbackRow]]
+    ) -> Iterator[tuple[Sequence[FeedbackRow], list["_Rendered | TokenizationError"]]]:
+        for rows in chunks:
+            yield rows, [self._render(row) for row in rows]
 
     def _finished(
         self,
@@ -181,7 +237,8 @@ class Tokenizing:
             return lacking
         if prompt[:2] == [self._tokenizer.bos_token_id] * 2:
             self._findings.add("two_bos", row.where)
-        return Tokens(np.array(prompt, dtype=np.int32), np.array(completion, dtype=np.int32))
+        both = np.array([*prompt, *completion], dtype=np.int32)
+        return Tokens(both[: len(prompt)], both[len(prompt) :])
 
     def _is_closed(self, text: str, ids: list[int]) -> bool:
         """Return whether a completion ends with EOS or the template's end of a turn; a line break may follow either."""

@@ -16,7 +16,7 @@ _ELEMENTS = 2**22
 
 def intervals(
     statistic: Callable[[Tensor], dict[str, Tensor]],
-    clusters: Sequence[str],
+    clusters: Sequence[str] | np.ndarray,
     *,
     resamples: int = RESAMPLES,
     level: float = 0.95,
@@ -39,7 +39,7 @@ def intervals(
 
 def replicates(
     statistic: Callable[[Tensor], dict[str, Tensor]],
-    clusters: Sequence[str],
+    clusters: Sequence[str] | np.ndarray,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -52,7 +52,8 @@ def replicates(
     Args:
         statistic: maps weights, float64, shape (samples, rows), which count how often each row was drawn, to values
             of shape (samples,), by name; not finite for a sample without the rows that the value needs.
-        clusters: cluster of each row: its prompt. Whole clusters are drawn, with replacement, as many as there are.
+        clusters: cluster of each row: the number or name of its prompt. Whole clusters are drawn, with replacement, as many
+            as there are.
         resamples: samples drawn.
         seed: of the draws.
 

@@ -6,75 +6,13 @@ parent  -- settings, sequences -->  standard input of the child (`child.py`), on
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from multiprocessing import Pipe
-from pathlib import Path
+from collections.abc import Iterator
 
 from offline_kto.kto_core.errors import ModelError
+from offline_kto.precompute.engines.child_process import ChildProcess
 from offline_kto.precompute.engines.protocol import EngineSettings, RemoteScorer
 
-_SECONDS_TO_END = 60
 _LOG = " Its log: "
-
-# Python would search the working directory first, where a user's modules may have any name.
-_CHILD = (
-    "import sys\n"
-    "if not getattr(sys.flags, 'safe_path', False): del sys.path[0]\n"
-    "from {module} import {function}\n"
-    "{function}()\n"
-)
-
-
-class ChildProcess:
-    """A Python program in a process of its own, with a channel to it at its standard input.
-
-    Args:
-        module, function: what it runs.
-        environment: variables that are added to those of this process.
-
-    Attributes:
-        channel: this process's end; closing it ends the child.
-        log: what the child prints.
-    """
-
-    def __init__(self, module: str, function: str, *, environment: Mapping[str, str] | None = None) -> None:
-        self.log = Path(tempfile.mkstemp(prefix="kto-precompute-", suffix=".log")[1])
-        self.channel, theirs = Pipe()
-        with self.log.open("wb") as output, theirs:
-            # In a new session an interrupt reaches only the parent, which then ends the child.
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD.format(module=module, function=function)],
-                stdin=theirs.fileno(),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, **(environment or {})},
-            )
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def signal_name(self) -> str:
-        """Return the name of the signal that ended the child, and its usual cause; empty if none did."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if (code := self._process.wait(2)) < 0:
-                name = signal.Signals(-code).name
-                return f"{name}{': perhaps the system was out of memory' if name == 'SIGKILL' else ''}"
-        return ""
-
-    def end(self, seconds: float = _SECONDS_TO_END) -> None:
-        """Wait for the child to end; kill it and all of its workers if it takes longer."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 @contextlib.contextmanager

@@ -52,10 +52,10 @@ from offline_kto.kto_core.models.memory_check import (
 from offline_kto.kto_core.models.model_files import read_json_object
 from offline_kto.kto_core.models.outline import find_outline
 from offline_kto.kto_core.models.precision import ALL, Precision, resolve_device, resolve_precision
-from offline_kto.kto_core.models.tokenizer_files import load_tokenizer, use_template
 from offline_kto.kto_core.options import AUTO
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines.tokenizer import reference_tokenizer
 
 # Increment when the rules of kto_core/feedback/tokenization.py change in a way that changes ids.
 TOKENIZATION_RULE = 1
@@ -127,16 +127,7 @@ class Reference(ReferenceFiles):
             ModelError: the tokenizer cannot be used, or the files do not fit each other.
         """
         config, folder = files.config, files.folder
-        notes: list[str] = []
-        tokenizer = load_tokenizer(
-            transformers.AutoTokenizer,
-            folder,
-            trust_remote_code=config.trust_remote_code,
-            options=config.tokenizer_options,
-            notes=notes,
-        )
-        if config.chat_template is not None or config.template_settings:
-            notes += use_template(tokenizer, config.chat_template, config.template_settings)
+        tokenizer, notes = reference_tokenizer(transformers.AutoTokenizer, config, folder)
         outline = find_outline(transformers, folder, trust_remote_code=config.trust_remote_code)
         shape, warnings = outline.model, [*outline.warnings, *notes]
         if not config.trust_remote_code:

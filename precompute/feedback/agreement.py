@@ -10,7 +10,8 @@ from offline_kto.kto_core.feedback.quoting import counted
 # data below 0.667 are discarded.
 RELIABLE, TENTATIVE = 0.8, 0.667
 # Votes that alpha is computed from, votes of one row, and different values: more take long and change it little.
-_MOST_VOTES, _MOST_OF_A_ROW, _MOST_VALUES = 200_000, 1_000, 100
+MOST_VOTES = 200_000
+_MOST_OF_A_ROW, _MOST_VALUES = 1_000, 100
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Agreement:
         unanimous: number of those whose votes are all the same.
         tied: number of rows with as many votes for as against.
         fewest, most: votes on a row.
+        most_votes: limit on the votes that alpha is computed from.
     """
 
     rows: int = 0
@@ -31,6 +33,7 @@ class Agreement:
     tied: int = 0
     fewest: int = 0
     most: int = 0
+    most_votes: int = MOST_VOTES
     _sample: list[Ballots] = field(default_factory=list)
     _votes: int = 0
 
@@ -44,9 +47,24 @@ class Agreement:
         self.several += 1
         self.unanimous += len(ballots) == 1
         self.tied += 2 * sum(share * count for share, count in ballots) == votes
-        if votes <= _MOST_OF_A_ROW and self._votes + votes <= _MOST_VOTES:
+        self._add_to_sample(ballots, votes)
+
+    def _add_to_sample(self, ballots: Ballots, votes: int) -> None:
+        if votes <= _MOST_OF_A_ROW and self._votes + votes <= self.most_votes:
             self._sample.append(ballots)
             self._votes += votes
+
+    def merge(self, later: "Agreement") -> None:
+        """Add the votes on rows that come after all others, whose sample had no limit."""
+        if later.rows:
+            self.fewest = min(self.fewest or later.fewest, later.fewest)
+        self.most = max(self.most, later.most)
+        self.rows += later.rows
+        self.several += later.several
+        self.unanimous += later.unanimous
+        self.tied += later.tied
+        for ballots in later._sample:
+            self._add_to_sample(ballots, sum(count for _, count in ballots))
 
     @property
     def sampled(self) -> int:
@@ -73,10 +91,10 @@ class Agreement:
             yield from ((rater, row, value) for rater, value in enumerate(values))
 
 
-def add_votes(found: dict[str, Agreement], ballots: Mapping[str, Ballots]) -> None:
+def add_votes(found: dict[str, Agreement], ballots: Mapping[str, Ballots], *, most_votes: int = MOST_VOTES) -> None:
     """Add the votes of a row, by the name of their objective."""
     for name, votes in ballots.items():
-        found.setdefault(name, Agreement()).add(votes)
+        found.setdefault(name, Agreement(most_votes=most_votes)).add(votes)
 
 
 def agreement_in_words(agreement: Agreement) -> str:

@@ -68,11 +68,19 @@ class Contradictions:
             value = record[name]
             if has_no_value(value) or not isinstance(value, bool | int | float | str):
                 continue
-            counts = self.seen.setdefault(name, Counter())
-            shown = _shown(value)
-            if (shown, label) in counts or len(counts) < 2 * (_MOST_VALUES + 1):
-                counts[shown, label] += 1
-                self.first.setdefault((name, shown, label), where)
+            self._count(name, _shown(value), label, 1, where)
+
+    def _count(self, name: str, shown: str, label: bool, count: int, where: str) -> None:
+        counts = self.seen.setdefault(name, Counter())
+        if (shown, label) in counts or len(counts) < 2 * (_MOST_VALUES + 1):
+            counts[shown, label] += count
+            self.first.setdefault((name, shown, label), where)
+
+    def merge(self, later: "Contradictions") -> None:
+        """Add the values in the next part of the data. A column that reached the limit there has too many values anyway."""
+        for name, counts in later.seen.items():
+            for (shown, label), count in counts.items():
+                self._count(name, shown, label, count, later.first[name, shown, label])
 
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Collection, Iterator
 from collections.abc import Mapping as AnyMapping
 from pathlib import Path as FilePath
@@ -16,12 +17,13 @@ from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
 from offline_kto.kto_core.feedback.paths import option_path
 from offline_kto.kto_core.feedback.preference_pairs import check_sides_are_answers
-from offline_kto.kto_core.feedback.presets import named_mapping, recognised
+from offline_kto.kto_core.feedback.presets import named_mapping, presets, recognised
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.records.documents import Records, columns_in, pandas_table, records_in
-from offline_kto.precompute.records.sources import file_of, files_of, format_of, read_records
+from offline_kto.precompute.records.line_ranges import LineRange
+from offline_kto.precompute.records.sources import file_of, files_of, format_of, read_range, read_records
 from offline_kto.precompute.records.text_files import Located, OnBadLine
 
 # Keys of the native formats: an object with one of them is a record, not a document of records.
@@ -39,6 +41,7 @@ class DataFormat:
 
     Args:
         config: options of `kto-precompute`.
+        is_part: whether parts of the data are read, and `config` is that of `for_parts`: the format is chosen already.
 
     Attributes:
         mapping: the mapping of `--map`, or of the recognised format; None for the native formats.
@@ -51,8 +54,11 @@ class DataFormat:
         KTOError: an option that cannot be used, or a file that cannot be read.
     """
 
-    def __init__(self, config: PrecomputeConfig) -> None:
+    def __init__(self, config: PrecomputeConfig, *, is_part: bool = False) -> None:
         self._config = config
+        self._is_part = is_part
+        self._preset: str | None = None  # the name of a recognised format
+        self._threshold: float | None = None  # of --rating-threshold
         self._document: tuple[str, Records] | None = None
         self._infos: dict[str, DatasetInfo] = {}
         self.notes: list[str] = []
@@ -60,6 +66,37 @@ class DataFormat:
         self.passed_over: Mapping | None = None
         self.mapping, self.why = self._choose_mapping()
         self.rule = self._rule()
+        if is_part:
+            self.mapping = self.mapping and self.mapping.ruled(_without_limit)
+            self.rule = _without_limit(self.rule)
+
+    def for_parts(self) -> PrecomputeConfig | None:
+        """Return the options by which parts of the data are read in the format that was chosen.
+
+        Returns:
+            None if parts cannot be read independently: records are joined, or are inside of one document.
+        """
+        mapping = self.mapping
+        if self._document is not None or (mapping is not None and (mapping.join or mapping.records) is not None):
+            return None
+        config = self._config
+        if self._preset is not None:
+            config = dataclasses.replace(config, map=self._preset)
+        if self._threshold is not None:  # "median" is that of all records
+            config = dataclasses.replace(config, rating_threshold=repr(self._threshold))
+        return config
+
+    @property
+    def rules(self) -> list[LabelRule]:
+        """All rules that count the values that they judge, always in the same order."""
+        pair = None if self.mapping is None else self.mapping.pair
+        found = [self.rule, *(one.rule for one in self.labels), *([] if pair is None else [pair.rule])]
+        return list({id(rule): rule for rule in found}.values())
+
+    @property
+    def labels(self) -> list[LabelPaths]:
+        """All places of labels that count the scores in them, always in the same order."""
+        return [] if self.label_paths is None else self.label_paths.each
 
     @property
     def is_native(self) -> bool:
@@ -87,14 +124,17 @@ class DataFormat:
             return self.mapping.pair.rule
         return LabelRule() if self.label_paths is None else self.label_paths.whole_rule
 
-    def records(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
+    def records(
+        self, columns: Collection[str] | None, on_bad: OnBadLine | None = None, lines: LineRange | None = None
+    ) -> Iterator[Located]:
         """Yield the records of the data, also those inside a document.
 
         Args:
             columns: the columns of tables to read; None for all.
             on_bad: called for lines that are no records; by default they are passed over.
+            lines: the part of the data to read; None for all of it.
         """
-        for where, record in self._source(columns, on_bad):
+        for where, record in self._source(columns, on_bad, lines):
             yield from self._inner(where, record)
 
     def split_of(self, record: AnyMapping[str, object]) -> str | None:
@@ -121,20 +161,26 @@ class DataFormat:
         """Return whether records of a split are read."""
         return split is None or split.strip().lower() == self._config.split.lower()
 
-    def _source(self, columns: Collection[str] | None, on_bad: OnBadLine | None = None) -> Iterator[Located]:
-        """Yield the records of the file, or those in its only JSON object."""
-        for where, record in self._stored(columns, on_bad):
+    def _source(
+        self, columns: Collection[str] | None, on_bad: OnBadLine | None = None, lines: LineRange | None = None
+    ) -> Iterator[Located]:
+        """Yield the records of the file, of some of its lines, or those in its only JSON object."""
+        for where, record in self._stored(columns, on_bad or _pass_over, lines):
             info = self._infos.get(file_of(where))
             yield where, record if info is None else info.record(record)
 
-    def _stored(self, columns: Collection[str] | None, on_bad: OnBadLine | None) -> Iterator[Located]:
+    def _stored(self, columns: Collection[str] | None, on_bad: OnBadLine, lines: LineRange | None) -> Iterator[Located]:
         """Yield the records of the source as they are stored."""
         if self._document is not None:
             where, found = self._document
             yield from ((f"{where} (record {number})", one) for number, one in enumerate(found.records, 1))
             return
         config = self._config
-        yield from read_records(config.data, columns=columns, split=config.split, on_bad=on_bad or _pass_over)
+        yield from (
+            read_records(config.data, columns=columns, split=config.split, on_bad=on_bad)
+            if lines is None
+            else read_range(lines, on_bad)
+        )
 
     def _inner(self, where: str, record: dict[str, Any]) -> Iterator[Located]:
         """Yield the records inside a document, at the path that the mapping names."""
@@ -172,6 +218,8 @@ class DataFormat:
         self._infos = self._dataset_infos()
         if self._infos:
             return None, f"dataset_info.json: {', '.join(info.name for info in self._infos.values())}"
+        if self._is_part:
+            return None, ""
         looked_at = _LOOKED_AT if config.limit is None else min(config.limit, _LOOKED_AT)
         seen: set[object] = set()  # most records have the same keys
         for where, record in itertools.islice(self._source(None), looked_at):
@@ -182,6 +230,7 @@ class DataFormat:
             if found is None:
                 check_sides_are_answers(record, where)
             if found is not None and (found.has_label or not self.label_options):
+                self._preset = next(name for name, one in presets().items() if one is found)
                 return self._with_label(found), "recognised by its keys"
             self.passed_over = self.passed_over or found
         return None, ""  # also if a label is named and the format has none: options take precedence over recognition
@@ -192,6 +241,8 @@ class DataFormat:
         Args:
             given: the paths of --prompt-field and --completion-field.
         """
+        if self._is_part:
+            return
         config = self._config
         read = read_records(config.data, columns=None, split=config.split, on_bad=_pass_over)
         begin = list(itertools.islice(read, 2))
@@ -226,7 +277,7 @@ class DataFormat:
         """Return the entries about the files of `--data` in a dataset_info.json of LLaMA-Factory, by the files' names."""
         tables: dict[FilePath, object] = {}
         found: dict[str, DatasetInfo] = {}
-        for name, file in files_of(self._config.data, self._config.split).items():
+        for file, name in files_of(self._config.data, self._config.split):
             for folder in (file.parent, file.parent.parent):
                 table = folder / "dataset_info.json"
                 if table not in tables:
@@ -278,8 +329,8 @@ class DataFormat:
             try:
                 read = itertools.islice(self._source(None), config.limit)
                 records = (one for one in read if self.is_wanted(self.split_of(one[1])))
-                threshold = resolve_threshold(config.rating_threshold, records, label)
-                return dataclasses.replace(LabelRule.at_least(threshold), votes=config.votes)
+                self._threshold = resolve_threshold(config.rating_threshold, records, label)
+                return dataclasses.replace(LabelRule.at_least(self._threshold), votes=config.votes)
             except ConfigError as error:
                 raise ConfigError(f"{config.data}: {error}") from error
         try:
@@ -294,6 +345,11 @@ def _json_in(path: FilePath) -> object:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def _without_limit(rule: LabelRule) -> LabelRule:
+    """Return a rule that counts all values: limits apply to all parts together."""
+    return dataclasses.replace(rule, most=sys.maxsize)
 
 
 def _pass_over(where: str, error: FeedbackError) -> None:

@@ -1,12 +1,14 @@
 """Count what was found in the feedback, for the plan."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.feedback.left_out import LeftOutRows, OneCountLeftOut
 from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
-from offline_kto.precompute.feedback.agreement import Agreement, add_votes
+from offline_kto.precompute.feedback.agreement import MOST_VOTES, Agreement, add_votes
+from offline_kto.precompute.feedback.places_found import Places
 
 # How programs write a missing value into a table; as a text it would be trained on.
 _MISSING = {
@@ -51,13 +53,14 @@ class Found:
         moved_results: rows in which results of tools were moved to the prompt.
         labels: rows by label.
         splits: records by the value of their column `split`.
-        missing: places of rows whose text is the name of a missing value.
+        missing: rows whose text is the name of a missing value.
         notes: sentences on how the records were found.
         warned: records to which the mapping's warning applies.
         agreement: the votes of several raters, by the name of their objective; "" for those on the row itself.
         not_judged: rows in which an objective has a value, but counts as not judged, by its name and the reason.
         one_count: why a row is unrated that has one of two numbers of votes; None without such rows.
         is_mixed: whether any row has a mass of both classes.
+        is_part: whether this is one part of the data, to be merged. Limits apply to all parts together.
     """
 
     records: int = 0
@@ -72,13 +75,14 @@ class Found:
     moved_results: int = 0
     labels: Counter[bool] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
-    missing: list[str] = field(default_factory=list)
+    missing: Places = field(default_factory=Places)
     notes: list[str] = field(default_factory=list)
     warned: int = 0
     agreement: dict[str, Agreement] = field(default_factory=dict)
     not_judged: Counter[tuple[str, str]] = field(default_factory=Counter)
     one_count: OneCountLeftOut | None = None
     is_mixed: bool = False
+    is_part: bool = False
 
     def add(self, row: FeedbackRow) -> None:
         """Count a row."""
@@ -94,11 +98,35 @@ class Found:
         self.labels[row.label] += 1
         if row.reading is not None:
             self.is_mixed = self.is_mixed or min(row.judgement.masses) > 0
-            add_votes(self.agreement, row.reading.ballots)
+            add_votes(self.agreement, row.reading.ballots, most_votes=sys.maxsize if self.is_part else MOST_VOTES)
             for name, left in row.reading.left_out.items():
                 self.not_judged[name, left.reason] += 1
         if _has_missing(row.completion) or _has_missing(row.prompt):
-            self.missing.append(row.where)
+            self.missing.add(row.where)
+
+    def merge(self, later: "Found") -> None:
+        """Add what was found in the next part of the data."""
+        self.records += later.records
+        for counts, more in (
+            (self.forms, later.forms),
+            (self.columns, later.columns),
+            (self.splits, later.splits),
+        ):
+            counts.update(more)
+        self.labels.update(later.labels)
+        self.not_judged.update(later.not_judged)
+        self.left_out.merge(later.left_out)
+        self.chat += later.chat
+        self.plain += later.plain
+        self.system += later.system
+        self.from_text += later.from_text
+        self.rendered += later.rendered
+        self.moved_results += later.moved_results
+        self.missing.merge(later.missing)
+        self.warned += later.warned
+        for name, votes in later.agreement.items():
+            self.agreement.setdefault(name, Agreement()).merge(votes)
+        self.is_mixed = self.is_mixed or later.is_mixed
 
 
 def _has_missing(side: Turns) -> bool:

@@ -15,6 +15,7 @@ from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
+from offline_kto.precompute.feedback.places_found import place_key
 from offline_kto.precompute.records.feedback_columns import (
     feedback_columns,
     is_turned_round,
@@ -62,7 +63,8 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
             f"{splits.in_words()}. Pass --split {named}, or --split all."
         )
     if not left_out.counts[UNRATED]:
-        where, reason, detail = left_out.rows[0] if left_out.rows else (data, "no record", "")
+        none = (data, "no record", "")
+        where, reason, detail = min(left_out.rows, key=lambda one: place_key(one[0]), default=none)
         detail = detail.removeprefix(f"{where}: ")
         first = f"{where}: {reason}{f' ({detail})' if detail else ''}"
         return FeedbackError(

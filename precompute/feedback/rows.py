@@ -24,6 +24,7 @@ from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import ColumnsToRead, Contradictions
 from offline_kto.precompute.feedback.data_format import DataFormat
+from offline_kto.precompute.feedback.feedback_part import FeedbackPart, Mistake, OneCount
 from offline_kto.precompute.feedback.found import Found, names_no_value
 from offline_kto.precompute.feedback.mistakes import (
     missing_split,
@@ -35,8 +36,10 @@ from offline_kto.precompute.feedback.mistakes import (
     unclear_rating,
 )
 from offline_kto.precompute.feedback.mixed_formats import with_formats
+from offline_kto.precompute.feedback.places_found import place_key
 from offline_kto.precompute.feedback.suspicions import CONVERSATIONS, FAILURES, Suspicions
 from offline_kto.precompute.feedback.used_columns import UsedColumns
+from offline_kto.precompute.records.line_ranges import LineRange
 from offline_kto.precompute.records.text_files import Located
 
 
@@ -47,6 +50,7 @@ class Feedback:
         config: options of `kto-precompute`.
         has_template: whether the tokenizer has a chat template.
         rendered: recognises text that its chat template has rendered.
+        is_part: whether one part of the data is read, and `config` is that of `for_parts`.
 
     Attributes:
         mapping: the mapping of `--map`, or of the recognised format; None for the native formats.
@@ -57,17 +61,27 @@ class Feedback:
         KTOError: an option that cannot be used, or a file that cannot be read.
     """
 
-    def __init__(self, config: PrecomputeConfig, *, has_template: bool, rendered: RenderedText | None = None) -> None:
+    def __init__(
+        self,
+        config: PrecomputeConfig,
+        *,
+        has_template: bool,
+        rendered: RenderedText | None = None,
+        is_part: bool = False,
+    ) -> None:
         self._config = config
+        self._bad_lines = 0
+        self._first_bad = ""
+        self._missing_inputs: set[str] = set()  # places of records
         self._mistakes: list[tuple[str, KTOError]] = []
         self._too_long: list[tuple[str, str, str]] = []
         self._one_counts: list[tuple[str, OneCountLeftOut]] = []
         self._objectives_left_out: list[dict[str, str]] = []  # of rows that are kept
-        self._suspicions = Suspicions()
+        self._suspicions = Suspicions(is_part=is_part)
         self._contradictions = Contradictions()
-        self._format = DataFormat(config)
+        self._format = DataFormat(config, is_part=is_part)
         self.mapping, self.why = self._format.mapping, self._format.why
-        self.found = Found(notes=self._format.notes)
+        self.found = Found(notes=self._format.notes, is_part=is_part)
         chat = config.chat if self.mapping is None or self.mapping.chat is None else self.mapping.chat
         if config.left_out is not None and (config.left_out.is_dir() or not config.left_out.parent.is_dir()):
             what = "is a folder" if config.left_out.is_dir() else "there is no such folder"
@@ -85,16 +99,69 @@ class Feedback:
             rendered=rendered or RenderedText(),
         )
 
-        self._used = UsedColumns(self.mapping, self._fields)
+        self._used = UsedColumns(self.mapping, self._fields, is_part=is_part)
 
-    def rows(self) -> Iterator[FeedbackRow]:
-        """Yield the rows. Call `keep` or `reject` for each of them, then `finish`.
+    def rows(self, lines: LineRange | None = None) -> Iterator[FeedbackRow]:
+        """Yield the rows. Call `keep` or `reject` for each of them, then `finish`, or `part` if one part is read.
+
+        Args:
+            lines: the part of the data to read; None for all of it.
 
         Raises:
             FeedbackError: the file cannot be read any further; `finish` raises the other mistakes.
         """
-        for where, record in self._records():
+        for where, record in self._records(lines):
             yield from self._rows_of(record, where)
+
+    def for_parts(self) -> PrecomputeConfig | None:
+        """Return the options by which parts of the data are read; None if they cannot be read independently."""
+        return None if self._config.limit is not None else self._format.for_parts()
+
+    def part(self) -> FeedbackPart:
+        """Return what was counted in one part of the data, for `merge`."""
+        rules = self._rules
+        return FeedbackPart(
+            found=self.found,
+            suspicions=self._suspicions,
+            contradictions=self._contradictions,
+            used=self._used.part(),
+            rules=[(rule.seen, rule.numbers) for rule in rules],
+            scores=[label.seen for label in self._format.labels],
+            mistakes=[Mistake.of(where, error, rules) for where, error in self._mistakes],
+            too_long=self._too_long,
+            one_counts=[OneCount.of(*one) for one in self._one_counts],
+            unused_counts=[OneCount.of(*one) for one in self._fields.one_count],
+            objectives_left_out=self._objectives_left_out,
+            read=self._fields.read,
+            compared=self._fields.compared,
+            bad_lines=self._bad_lines,
+            first_bad=self._first_bad,
+        )
+
+    def merge(self, later: FeedbackPart) -> None:
+        """Add what was counted in the next part of the data."""
+        self.found.merge(later.found)
+        self._suspicions.merge(later.suspicions)
+        self._contradictions.merge(later.contradictions)
+        self._used.merge(later.used)
+        rules = self._rules
+        for rule, counts in zip(rules, later.rules, strict=True):
+            rule.merge(*counts)
+        for label, seen in zip(self._format.labels, later.scores, strict=True):
+            label.merge(seen)
+        self._mistakes += [(one.where, one.error(rules)) for one in later.mistakes]
+        self._too_long += later.too_long
+        self._one_counts += [(one.where, one.left_out) for one in later.one_counts]
+        self._fields.one_count.extend((one.where, one.left_out) for one in later.unused_counts)
+        self._objectives_left_out += later.objectives_left_out
+        self._fields.read.update(later.read)
+        self._fields.compared.update(later.compared)
+
+    @property
+    def _rules(self) -> list[LabelRule]:
+        """All rules that count the values that they judge, always in the same order."""
+        found = [*self._format.rules, self._fields.rule, self._fields.ratings]
+        return list({id(rule): rule for rule in found}.values())
 
     @property
     def chat(self) -> bool:
@@ -130,6 +197,9 @@ class Feedback:
 
     def keep(self, row: FeedbackRow) -> None:
         """Count a row that can be rendered."""
+        if row.where in self._missing_inputs:
+            self._missing_inputs.remove(row.where)
+            self.found.missing.add(row.where)
         self.found.add(row)
         self._suspicions.add(row)
         if (
@@ -160,7 +230,7 @@ class Feedback:
             return
         self._settle_one_counts()
         of_rows = [_entry(*one) for one in (*self.found.left_out.rows, *self._too_long)]
-        entries = sorted([*of_rows, *self._objectives_left_out], key=lambda one: _place(one["where"]))
+        entries = sorted([*of_rows, *self._objectives_left_out], key=lambda one: place_key(one["where"]))
         lines = [json.dumps(one, ensure_ascii=False) for one in entries]
         with written_to(self._config.left_out.parent, ConfigError, "Name another file with --left-out."):
             write_text(self._config.left_out, "".join(f"{line}\n" for line in lines))
@@ -206,7 +276,7 @@ class Feedback:
         if (self._mistakes or not found.forms) and (nowhere := self._nowhere()) is not None:
             raise nowhere
         if self._mistakes:
-            mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: _place(one[0]))]
+            mistakes = [error for _, error in sorted(self._mistakes, key=lambda one: place_key(one[0]))]
             raise mistakes_in_rows(mistakes, config, self._format)
         if len(self._fields.compared) > 1:
             raise FeedbackError(
@@ -224,7 +294,7 @@ class Feedback:
         if found.missing:
             found.notes.append(
                 r"rows with NaN, None, null, \N or N/A as a prompt, an answer or another text, as programs write missing values: "
-                f"{len(found.missing):,} (first: {found.missing[0]}). They are scored as text; remove these rows if the values "
+                f"{found.missing}. They are scored as text; remove these rows if the values "
                 "are missing."
             )
 
@@ -259,8 +329,8 @@ class Feedback:
         preset = self.mapping is not None and (self._config.map is None or self._config.map in presets())
         return not preset or self._config.label_field is not None or (label is not None and label.scores is not None)
 
-    def _records(self) -> Iterator[Located]:
-        records = self._format.records(self._columns() if self._format.is_native else None, self._reject_line)
+    def _records(self, lines: LineRange | None) -> Iterator[Located]:
+        records = self._format.records(self._columns() if self._format.is_native else None, self._reject_line, lines)
         counted = self._counted(itertools.islice(records, self._config.limit))
         return (
             counted if self.mapping is None or self.mapping.join is None else self._joined(counted, self.mapping.join)
@@ -269,6 +339,8 @@ class Feedback:
     def _reject_line(self, where: str, error: FeedbackError) -> None:
         """Note that a line is no record."""
         self.found.records += 1
+        self._first_bad = self._first_bad or str(error)
+        self._bad_lines += 1
         self.reject(where, error)
 
     def _counted(self, records: Iterable[Located]) -> Iterator[Located]:
@@ -282,7 +354,7 @@ class Feedback:
             self._used.add(record)
             self._suspicions.add_record(record, where)
             if split is not None or self._config.split.lower() == "all":
-                self._used.read.add("split")
+                self._used.name("split")
             if split is not None:
                 self.found.splits[split] += 1
             if self._format.is_wanted(split):
@@ -320,7 +392,7 @@ class Feedback:
                 if len(rows) == 1:
                     self._contradictions.add(record, rows[0].label, where)
                 if "instruction" in record and names_no_value(record.get("input")):  # a part of the user's message
-                    self.found.missing.append(where)
+                    self._missing_inputs.add(where)
                 yield from rows
                 return
             self._used.look_up(record, where)
@@ -363,11 +435,6 @@ def _words(path: str) -> list[str]:
 def _is_blank(value: object) -> bool:
     """Return whether a cell has no value: None, NaN, or a text without characters."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _place(where: str) -> list[int | str]:
-    """Return a key that sorts places in the order of the data: line 9 comes before line 10."""
-    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", where))]
 
 
 def _path(name: str | None, option: str) -> JMESPath | None:

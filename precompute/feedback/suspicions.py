@@ -1,5 +1,6 @@
 """Count rows that are probably misread, for the warnings of the plan."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -11,6 +12,7 @@ from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import ROLES, Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.precompute.feedback.places_found import Places
 
 # What tools write into a prompt in place of an image, a video or a sound; and media, or references to them, in any text.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
@@ -52,58 +54,79 @@ class Suspicions:
     """Rows that are probably misread.
 
     Attributes:
-        media: places of rows whose texts refer to media that the record does not have, or contain them in base64.
-        messages: places of rows with a text that resembles messages.
-        marks: places of rows of messages with the turn marks of a chat template that is not the tokenizer's.
-        repeated: places of rows whose answer begins with its prompt.
+        media: rows whose texts refer to media that the record does not have, or contain them in base64.
+        messages: rows with a text that resembles messages.
+        marks: rows of messages with the turn marks of a chat template that is not the tokenizer's.
+        repeated: rows whose answer begins with its prompt.
         rows: number of rows.
-        roles: places of rows by their unknown roles, of which a template writes whatever they are.
-        failed: places of records by the column that says that their answer failed.
+        roles: rows by their unknown roles, of which a template writes whatever they are.
+        failed: records by the column that says that their answer failed.
         conversations: number of records by the hash of their conversation, for each column that names it.
         has_earlier_turns: whether a prompt contains an earlier answer.
+        is_part: whether this is one part of the data, to be merged. Limits apply to all parts together.
     """
 
-    media: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-    marks: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    roles: dict[str, list[str]] = field(default_factory=dict)
+    media: Places = field(default_factory=Places)
+    messages: Places = field(default_factory=Places)
+    marks: Places = field(default_factory=Places)
+    repeated: Places = field(default_factory=Places)
+    roles: dict[str, Places] = field(default_factory=dict)
     rows: int = 0
-    failed: dict[str, list[str]] = field(default_factory=dict)
+    failed: dict[str, Places] = field(default_factory=dict)
     conversations: dict[str, Counter[int]] = field(default_factory=dict)
     has_earlier_turns: bool = False
+    is_part: bool = False
 
     def add_record(self, record: Mapping[str, object], where: str) -> None:
         """Count a record of a conversation, or of an answer that failed."""
         for name in record.keys() & FAILURES.keys():
             if _failed(record[name], FAILURES[name]):
-                self.failed.setdefault(name, []).append(where)
+                self.failed.setdefault(name, Places()).add(where)
         for name in record.keys() & _CONVERSATIONS:
             value = record[name]
             if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
                 continue
             if isinstance(value, str | int) and value != "" and not isinstance(value, bool):
-                self.conversations.setdefault(name, Counter())[hash(value)] += 1
+                self.conversations.setdefault(name, Counter())[_hash(value)] += 1
 
     def add(self, row: FeedbackRow) -> None:
         """Examine a row."""
         self.rows += 1
         asked, answered = _texts(row.prompt), _texts(row.completion)
         if any(map(_PLACEHOLDER.search, asked)) or any(map(_MEDIA.search, (*asked, *answered))):
-            self.media.append(row.where)
+            self.media.add(row.where)
         if any(map(resembles_messages, (*asked, *answered))):
-            self.messages.append(row.where)
+            self.messages.add(row.where)
         if not isinstance(row.prompt, str) and any(map(_has_turn_marks, asked)):
-            self.marks.append(row.where)
+            self.marks.add(row.where)
         question = asked[-1].strip() if asked else ""
         if len(question) >= _LONG_PROMPT and answered and answered[0].lstrip().startswith(question):
-            self.repeated.append(row.where)
+            self.repeated.add(row.where)
         if not isinstance(row.prompt, str) and any(message["role"] == "assistant" for message in row.prompt):
             self.has_earlier_turns = True
         sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
         for role in dict.fromkeys(message["role"] for side in sides for message in side):
-            if role not in _KNOWN_ROLES and (role in self.roles or len(self.roles) < _MOST_ROLES):
-                self.roles.setdefault(role, []).append(row.where)
+            if role not in _KNOWN_ROLES and self._counts_role(role):
+                self.roles.setdefault(role, Places()).add(row.where)
+
+    def _counts_role(self, role: str) -> bool:
+        return self.is_part or role in self.roles or len(self.roles) < _MOST_ROLES
+
+    def merge(self, later: "Suspicions") -> None:
+        """Add the rows of the next part of the data."""
+        self.media.merge(later.media)
+        self.messages.merge(later.messages)
+        self.marks.merge(later.marks)
+        self.repeated.merge(later.repeated)
+        self.rows += later.rows
+        for role, places in later.roles.items():
+            if self._counts_role(role):
+                self.roles.setdefault(role, Places()).merge(places)
+        for name, places in later.failed.items():
+            self.failed.setdefault(name, Places()).merge(places)
+        for name, counts in later.conversations.items():
+            self.conversations.setdefault(name, Counter()).update(counts)
+        self.has_earlier_turns = self.has_earlier_turns or later.has_earlier_turns
 
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each suspicion.
@@ -122,36 +145,43 @@ class Suspicions:
         for name, places in sorted(self.failed.items()):
             if name in unused:
                 found.append(
-                    f"records whose '{name}' suggests that the answer failed, was cut or was deleted: {_counted(places)}. Remove them, or "
+                    f"records whose '{name}' suggests that the answer failed, was cut or was deleted: {places}. Remove them, or "
                     "leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
                 )
         if self.media:
             found.append(
                 "rows with <image>, <video> or <audio> in the prompt, or a text with media (data:image/..., @@@langfuseMedia:...): "
-                f"{_counted(self.media)}. They are scored as text; remove these rows if the answers need the media."
+                f"{self.media}. They are scored as text; remove these rows if the answers need the media."
             )
         if self.messages:
             found.append(
-                f"rows with a text that looks like messages but is scored as text: {_counted(self.messages)}. Write messages "
+                f"rows with a text that looks like messages but is scored as text: {self.messages}. Write messages "
                 'as [{"role": "user", "content": "..."}], or describe the file with --map FILE.'
             )
         if self.marks:
             found.append(
-                f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {_counted(self.marks)}. "
+                f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {self.marks}. "
                 "They are scored as words of a message; write the turns as messages, or keep text with --chat never."
             )
-        if self.repeated and len(self.repeated) >= _MANY * self.rows:
+        if self.repeated and self.repeated.count >= _MANY * self.rows:
             found.append(
-                f"rows whose answer begins with the whole prompt: {_counted(self.repeated)}. It is scored as part of the answer; "
+                f"rows whose answer begins with the whole prompt: {self.repeated}. It is scored as part of the answer; "
                 "remove it from the answers if the model did not write it."
             )
         if self.roles:
-            roles = ", ".join(f"{shown(role)} in {_counted(places)}" for role, places in self.roles.items())
+            roles = ", ".join(f"{shown(role)} in {places}" for role, places in self.roles.items())
             found.append(
                 f"unknown roles of messages: {roles}. The chat template may write them as they are, also if the model has never seen them; "
                 "rename them to user, assistant, system or tool."
             )
         return found
+
+
+def _hash(value: str | int) -> int:
+    """Return a number for the name of a conversation, the same in every process; Python's own hash of a text is not."""
+    if isinstance(value, int):
+        return hash(value)
+    return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _failed(value: object, words: Collection[str]) -> bool:
@@ -175,7 +205,3 @@ def _texts(side: Turns) -> list[str]:
     if isinstance(side, str):
         return [side]
     return [message["content"] for message in side if message["role"] != "tool"]
-
-
-def _counted(places: list[str]) -> str:
-    return f"{len(places):,} (first: {places[0]})"

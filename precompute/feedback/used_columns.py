@@ -3,9 +3,10 @@
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import (
@@ -46,10 +47,50 @@ _MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
 _LOOKED_AT = 1000
 
 
+# The columns of a record with a value, and names in them.
+Shape: TypeAlias = tuple[frozenset[str], frozenset[str], frozenset[str]]
+
+
 def matters_beside(name: str) -> bool:
     """Return whether a key beside those that are read, as `UsedColumns.beside` names it, changes the meaning of a row."""
     parent, _, key = name.rpartition(".")
     return is_context(key) or (parent in _OF_MESSAGES and changes_a_message(key))
+
+
+@dataclass
+class Look:
+    """What was seen in one record.
+
+    Attributes:
+        number: of the record in its part of the data, from 1.
+        shape: its columns with a value, the names of context in them, and the keys of messages.
+        read, beside, with_messages: as in `UsedColumns`.
+    """
+
+    number: int
+    shape: Shape
+    read: set[str]
+    beside: set[str]
+    with_messages: set[str]
+
+
+@dataclass
+class UsedInPart:
+    """What one part of the data says about the columns.
+
+    Attributes:
+        records: number of records.
+        looks: the records that were looked at: every one that would be, whatever comes before this part.
+        named: columns that are read whatever the paths say.
+        unmatched: positions of the paths that have no value in this part.
+        keys: where a path has no value, the keys that records have there.
+    """
+
+    records: int = 0
+    looks: list[Look] = field(default_factory=list)
+    named: set[str] = field(default_factory=set)
+    unmatched: list[int] = field(default_factory=list)
+    keys: dict[str, set[str]] = field(default_factory=dict)
 
 
 class UsedColumns:
@@ -58,6 +99,7 @@ class UsedColumns:
     Args:
         mapping: None for the native formats.
         fields: the columns that options name.
+        is_part: whether the records are one part of the data, to be merged.
 
     Attributes:
         read: columns that the paths read.
@@ -65,8 +107,10 @@ class UsedColumns:
         with_messages: columns with a list of messages.
     """
 
-    def __init__(self, mapping: Mapping | None, fields: FeedbackFields) -> None:
+    def __init__(self, mapping: Mapping | None, fields: FeedbackFields, *, is_part: bool = False) -> None:
         self._mapping, self._fields = mapping, fields
+        self._looks: list[Look] | None = [] if is_part else None
+        self._named: set[str] = set()
         self._label = None if mapping is None else mapping.turns.label if mapping.turns is not None else mapping.label
         self._paths = _paths_in(mapping) if mapping is not None else _paths_of(fields)
         weight, self._votes = fields.weight, [] if fields.label is None else [_counts_at(fields.label)]
@@ -77,38 +121,34 @@ class UsedColumns:
         self._unmatched = [*self._needed] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self._of_mapping = [*self._unmatched] if mapping is not None else []
         self._unmatched += [path for path in self._needed if path not in self._unmatched]
+        self._all_paths = self._unmatched
         self._keys: dict[str, set[str]] = {path.text: set() for path in self._needed}
         self._texts = _paths_of_texts(mapping) if mapping is not None else _paths_of(fields)[:2]
-        self._roots: set[str] = set() if mapping is not None else {*_MESSAGES}
+        self._names = {*_MESSAGES} if mapping is None else {name for path in self._texts for name in _names_in(path)}
         self.read: set[str] = set()
         self.beside: Counter[str] = Counter()
         self.with_messages: set[str] = set()
         self._words = {word for path in [*self._paths, *self._unmatched] for word in re.findall(r"\w+", path.text)}
-        self._shapes: set[object] = set()
+        self._shapes: set[Shape] = set()
         self._records = 0
 
     def add(self, record: AnyMapping[str, Any]) -> None:
         """Look at the keys of a record."""
         self._records += 1
+        shape = self._shape(record)
+        if self._is_of_interest(shape, self._records):
+            look = self._look(record, shape)
+            self._note(look)
+            if self._looks is not None:
+                self._looks.append(look)
+
+    def _is_of_interest(self, shape: Shape, number: int) -> bool:
+        return number <= _LOOKED_AT or shape not in self._shapes
+
+    def _shape(self, record: AnyMapping[str, Any]) -> Shape:
         columns = frozenset(key for key, value in record.items() if value is not None)
-        texts = [record[name] for name in self._roots & columns]
-        shape = columns, frozenset(context_names(texts)), self._keys_of_messages(texts)
-        if shape in self._shapes and self._records > _LOOKED_AT:
-            return
-        self._shapes.add(shape)
-        found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
-        self.read.update(route[0] for route in found)
-        self.with_messages.update(key for key, value in record.items() if _are_messages(value))
-        routes: set[Route] = set().union(*(path.routes(record) for path in self._texts))
-        roots = {route[0] for route in routes}
-        self._roots |= roots
-        beside = _beside(record, found) | unread_context(record, roots, found, self._words)
-        if self._mapping is None:
-            beside |= _in_lists(record, [name for name in _MESSAGES if name in record], self._words, self._is_unread)
-            beside |= unread_context(
-                record, [name for name in _MESSAGES if _are_messages(record.get(name))], found, self._words
-            )
-        self.beside.update(beside)
+        texts = [record[name] for name in self._names & columns]
+        return columns, frozenset(context_names(texts)), self._keys_of_messages(texts)
 
     def _keys_of_messages(self, texts: list[Any]) -> frozenset[str]:
         """Return the keys of the messages of the native formats, of which any may be unread."""
@@ -117,6 +157,46 @@ class UsedColumns:
         messages = [one for value in texts if isinstance(value, list) for one in unusual(value)]
         items = (item for one in messages if isinstance(one, dict) for item in one.items())
         return frozenset(key for key, value in items if value or type(value) in (int, float))
+
+    def _look(self, record: AnyMapping[str, Any], shape: Shape) -> Look:
+        found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
+        texts: set[Route] = set().union(*(path.routes(record) for path in self._texts))
+        roots = {route[0] for route in texts}
+        with_messages = {key for key, value in record.items() if _are_messages(value)}
+        beside = _beside(record, found)
+        if self._mapping is None:
+            beside |= _in_lists(record, [name for name in _MESSAGES if name in record], self._words, self._is_unread)
+            roots |= with_messages.intersection(_MESSAGES)
+        beside |= unread_context(record, roots, found, self._words)
+        return Look(self._records, shape, {route[0] for route in found}, beside, with_messages)
+
+    def _note(self, look: Look) -> None:
+        self._shapes.add(look.shape)
+        self.read |= look.read
+        self.beside.update(look.beside)
+        self.with_messages |= look.with_messages
+
+    def name(self, column: str) -> None:
+        """Note that a column is read whatever the paths say."""
+        self.read.add(column)
+        self._named.add(column)
+
+    def part(self) -> UsedInPart:
+        """Return what one part of the data says, for `merge`."""
+        unmatched = [number for number, path in enumerate(self._all_paths) if path in self._unmatched]
+        return UsedInPart(self._records, self._looks or [], self._named, unmatched, self._keys)
+
+    def merge(self, later: UsedInPart) -> None:
+        """Add what the next part of the data says."""
+        for look in later.looks:
+            if self._is_of_interest(look.shape, self._records + look.number):
+                self._note(look)
+        self._records += later.records
+        self.read |= later.named
+        still = [self._all_paths[number] for number in later.unmatched]
+        self._unmatched = [path for path in self._unmatched if path in still]
+        for text, keys in later.keys.items():
+            self._keys[text] |= keys
 
     def _is_unread(self, key: str) -> bool:
         """Return whether a key of a message is read neither here nor by the chat template."""
@@ -210,6 +290,12 @@ def _paths_of_texts(mapping: Mapping) -> list[Path]:
     found += [] if pair is None else [pair.first, pair.second]
     found += [] if turns is None or mapping.join is not None else [turns.messages]
     return [path for path in found if path is not None]
+
+
+def _names_in(path: Path) -> Iterator[str]:
+    """Yield all names in a path, of which one may be the column that it begins with."""
+    for name, word in re.findall(r'"([^"]+)"|(\w+)', path.text):
+        yield name or word
 
 
 def _paths_of_turns(mapping: Mapping) -> list[Path]:

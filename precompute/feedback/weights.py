@@ -4,12 +4,19 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.judgements import ONE_BIT, Judgement, Masses, mass_columns
+
+# A class of arrays takes no type of items before Python 3.12.
+if TYPE_CHECKING:
+    Doubles: TypeAlias = array[float]
+else:
+    Doubles = array
 
 # Relative to the mean: what the plan warns of, and what is refused, as such a row counts for nothing.
 EXTREME, _LEAST = 100.0, 1e-9
@@ -26,7 +33,7 @@ class Weights:
             largest weight.
     """
 
-    values: "array[float]" = field(default_factory=lambda: array("d"))
+    values: Doubles = field(default_factory=lambda: array("d"))
     without: int = 0
     first_without: str = ""
     least: str = ""
@@ -46,6 +53,18 @@ class Weights:
             self.least, least = row.where, weight
         if weight > largest:
             self.largest, largest = row.where, weight
+        self._range = least, largest
+
+    def merge(self, later: "Weights") -> None:
+        """Add the weights of rows that come after all others."""
+        self.values += later.values
+        self.first_without = self.first_without or later.first_without
+        self.without += later.without
+        least, largest = self._range
+        if later._range[0] < least:
+            self.least, least = later.least, later._range[0]
+        if later._range[1] > largest:
+            self.largest, largest = later.largest, later._range[1]
         self._range = least, largest
 
     def __bool__(self) -> bool:

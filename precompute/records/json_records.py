@@ -31,12 +31,21 @@ def read_jsonl(handle: IO[bytes], name: str, on_bad: OnBadLine | None = None) ->
     Args:
         on_bad: called for a line that is no record; without it, the first such line ends the reading.
     """
-    document = _is_document(handle)
-    handle.seek(0)
-    if document:
+    if is_document(handle):
         yield from read_json(handle, name)
-        return
-    for number, line in enumerate(lines_of(handle, name), 1):
+    else:
+        yield from read_lines(handle, name, on_bad)
+
+
+def read_lines(
+    handle: IO[bytes], name: str, on_bad: OnBadLine | None = None, *, before: int = 0, size: int | None = None
+) -> Iterator[Located]:
+    """Yield the record of each line.
+
+    Args:
+        before, size: see `lines_of`.
+    """
+    for number, line in enumerate(lines_of(handle, name, before=before, size=size), before + 1):
         line = line.removeprefix("\ufeff")  # concatenated files may each have a byte order mark
         if line.strip() == "":
             continue
@@ -60,8 +69,19 @@ def _record_of(line: str, where: str) -> Record:
     return _object(value, where)
 
 
-def _is_document(handle: IO[bytes]) -> bool:
-    """Return whether the file is an array, or its first object continues on the next line; its name may not tell."""
+def is_document(handle: IO[bytes]) -> bool:
+    """Return whether the file is an array, or its first object continues on the next line; its name may not tell.
+
+    Args:
+        handle: at its beginning, before and after.
+    """
+    try:
+        return _begins_document(handle)
+    finally:
+        handle.seek(0)
+
+
+def _begins_document(handle: IO[bytes]) -> bool:
     read = itertools.islice(iter(lambda: handle.readline(LARGEST_RECORD), b""), _BLANK_LINES_BEFORE)
     lines = (line for line in read if line.strip() or len(line) == LARGEST_RECORD)
     first = next(lines, b"")

@@ -40,7 +40,8 @@ from offline_kto.precompute.records.dataset_records import (
     suggest,
     unread_files,
 )
-from offline_kto.precompute.records.json_records import read_json, read_jsonl
+from offline_kto.precompute.records.json_records import is_document, read_json, read_jsonl, read_lines
+from offline_kto.precompute.records.line_ranges import LineRange, line_ranges, state_of
 from offline_kto.precompute.records.table_records import read_csv, read_parquet
 from offline_kto.precompute.records.text_files import (
     COPY_AGAIN,
@@ -90,33 +91,92 @@ def read_records(
             are raised by the call, all others by the iterator.
     """
     path, kind = _look(data)
+    name = source_name(data)
     if kind == "file":
         _check_suffix(path.name)
-        name, records = path.name, _read_file(path, path.name, columns, on_bad)
-    elif kind == "folder" and not is_saved(path):
-        name, records = dataset_name(path, kind), _read_files(path, columns, split, on_bad)
-    else:
-        name, records = dataset_name(path, kind), read_dataset(path, kind, split)
+    of_library = kind == "hub" or is_saved(path)
+    records = read_dataset(path, kind, split) if of_library else _read_files(data, columns, split, on_bad)
     return itertools.islice(_not_empty(records, name), limit)
 
 
-def files_of(data: str, split: str = "train") -> dict[str, Path]:
-    """Return the data files that read_records reads, by the names in their records' places; none for other data sets.
+def source_name(data: str) -> str:
+    """Return the name of the data in messages. Raises: FeedbackError: as read_records does."""
+    path, kind = _look(data)
+    return path.name if kind == "file" else dataset_name(path, kind)
+
+
+def divided(data: str, split: str, size: int) -> list[LineRange] | None:
+    """Return the lines of `data` as ranges that can be read independently, in the order of `read_records`.
+
+    Only files of JSON Lines have them: a record elsewhere may need what comes before it (a header, an array, a compressed
+    stream), or the libraries that read it use several cores already.
+
+    Args:
+        size: least number of bytes of a range that is not the last one of its file.
+
+    Returns:
+        None if there is anything but JSON Lines.
 
     Raises:
         FeedbackError: as read_records does.
     """
+    found: list[LineRange] = []
+    for path, name in files_of(data, split):
+        if not _has_lines(path, name):
+            return None
+        found += line_ranges(path.absolute(), name, size)
+    return found or None
+
+
+def files_of(data: str, split: str) -> list[tuple[Path, str]]:
+    """Return path and name, in the places of records, of each file that is read; none if the datasets library reads the data."""
     path, kind = _look(data)
     if kind == "file":
-        return {path.name: path}
+        return [(path, path.name)]
     if kind == "folder" and not is_saved(path):
-        return {os.path.relpath(file, path.resolve()): file for file in data_files(path, split)}
-    return {}
+        return [(file, os.path.relpath(file, path.resolve())) for file in data_files(path, split)]
+    return []
 
 
 def file_of(where: str) -> str:
     """Return the name of the file in a record's place: "sub/feedback.jsonl" in "sub/feedback.jsonl:17"."""
     return where.rpartition(":")[0]
+
+
+def _has_lines(path: Path, name: str) -> bool:
+    """Return whether a file is read line by line."""
+    suffix = format_of(path.name)
+    if suffix is None or _TEXT_FORMATS.get(suffix) is not read_jsonl or path.name.lower().endswith(".gz"):
+        return False
+    with readable(name), path.open("rb") as file:
+        try:
+            check_form(file, name)
+        except FeedbackError:  # reported where it is read
+            return False
+        return as_utf_8(file, name) is file and not is_document(file)
+
+
+def read_range(lines: LineRange, on_bad: OnBadLine) -> Iterator[Located]:
+    """Yield the records of a range as `read_records` does. There may be none.
+
+    Raises:
+        FeedbackError: the file cannot be read, or has changed since it was divided.
+    """
+    path = Path(lines.path)
+    named = ClassNames.beside(path.resolve())
+    with readable(lines.name), path.open("rb") as file:
+        _check_unchanged(lines)
+        file.seek(lines.start)
+        for where, record in read_lines(file, lines.name, on_bad, before=lines.before, size=lines.end - lines.start):
+            yield where, named.record(record)
+        _check_unchanged(lines)
+
+
+def _check_unchanged(lines: LineRange) -> None:
+    if state_of(Path(lines.path)) != lines.state:
+        raise FeedbackError(
+            f"{lines.name}: the file changed while it was read. Run the command again when it is complete."
+        )
 
 
 def describe_source(data: str, split: str = "train") -> list[SourceFile]:
@@ -214,13 +274,16 @@ def _not_empty(records: Iterator[Located], name: str) -> Iterator[Located]:
         empty = False
         yield item
     if empty:
-        raise FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
+        raise no_record(name)
 
 
-def _read_files(
-    folder: Path, columns: Collection[str] | None, split: str, on_bad: OnBadLine | None
-) -> Iterator[Located]:
-    for name, file in files_of(str(folder), split).items():
+def no_record(name: str) -> FeedbackError:
+    """Return the error about data without any record."""
+    return FeedbackError(f"{name}: empty, or without any record. Check that this is the right source.")
+
+
+def _read_files(data: str, columns: Collection[str] | None, split: str, on_bad: OnBadLine | None) -> Iterator[Located]:
+    for file, name in files_of(data, split):
         yield from _read_file(file, name, columns, on_bad)
 
 

@@ -144,10 +144,18 @@ def decode(raw: bytes, name: str, line: int) -> str:
         ) from None
 
 
-def lines_of(handle: IO[bytes], name: str) -> Iterator[str]:
-    number = blank = 0
-    while raw := handle.readline(LARGEST_RECORD):
+def lines_of(handle: IO[bytes], name: str, *, before: int = 0, size: int | None = None) -> Iterator[str]:
+    """Yield the lines of a file.
+
+    Args:
+        handle: at the first of them.
+        before: number of lines before it.
+        size: bytes of the lines; None for all that follow.
+    """
+    number, blank, read = before, 0, 0
+    while (size is None or read < size) and (raw := handle.readline(LARGEST_RECORD)):
         number += 1
+        read += len(raw)
         blank = blank + 1 if raw.isspace() else 0
         if blank > _MOST_BLANK_LINES:
             raise FeedbackError(f"{name}:{number}: more than {_MOST_BLANK_LINES:,} blank lines. {COPY_AGAIN}")

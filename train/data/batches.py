@@ -1,6 +1,7 @@
 """Split rows into training and held-out rows, and form the optimizer batches."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
 from offline_kto.train.data.held_out import held_out_prompts
 
-# Units are rows that share one loss: an int64 array of shape (units, rows in each). A unit is a single row, or a pair
+# Units are rows that share one loss: an array of positions, shape (units, rows in each). A unit is a single row, or a pair
 # with the desirable row first.
 
 
@@ -22,7 +23,7 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[np.nda
     adding rows changes few assignments.
 
     Returns:
-        (training rows, held-out rows), int64, in file order.
+        (training rows, held-out rows), in file order.
     """
     prompts = rows.prompt_ids
     digests = (hashlib.blake2b(f"{seed}/{prompt}".encode()).digest()[:16] for prompt in prompts.texts())
@@ -30,16 +31,15 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[np.nda
     held = np.zeros(len(words), dtype=bool)
     held[np.lexsort(words.T[::-1])[: held_out_prompts(fraction, len(words))]] = True
     is_held = held[prompts.codes]
-    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    return rows.positions[~is_held], rows.positions[is_held]
 
 
-def units_of(rows: CacheRows, indices: Sequence[int] | np.ndarray, rows_in_unit: int) -> np.ndarray:
+def units_of(rows: CacheRows, chosen: np.ndarray, rows_in_unit: int) -> np.ndarray:
     """Return the units among some rows, in their order: shape (units, rows_in_unit).
 
     Only complete pairs are returned: a row without a partner, or whose partner was dropped or is not selected, is left
     out.
     """
-    chosen = np.asarray(indices, dtype=np.int64)
     if rows_in_unit == 1:
         return chosen[:, None]
     codes = rows.pair_ids.codes[chosen]
@@ -53,7 +53,7 @@ def units_of(rows: CacheRows, indices: Sequence[int] | np.ndarray, rows_in_unit:
 
 
 class _Numbered(NamedTuple):
-    """Rows with keys, int64, both of shape (rows,)."""
+    """Rows with keys, both of shape (rows,)."""
 
     rows: np.ndarray
     keys: np.ndarray
@@ -117,30 +117,36 @@ class EpochBatches(Sampler[list[RowKey]]):
         quotas = [np.floor(ends * len(stratum) / self._units + 0.5).astype(np.int64) for stratum in self.strata[:-1]]
         quotas.append(ends - sum(quotas))
 
-        def batch(number: int) -> np.ndarray:
-            spans = [slice(quota[number], quota[number + 1]) for quota in quotas]
-            return np.concatenate([stratum[span].ravel() for stratum, span in zip(shuffled, spans, strict=True)])
-
+        order = np.empty((self._units, self.strata[0].shape[1]), dtype=self.strata[0].dtype)
+        spans = [slice(start, end) for start, end in itertools.pairwise(ends.tolist())]
+        for number, span in enumerate(spans):
+            parts = zip(shuffled, quotas, strict=True)
+            order[span] = np.concatenate([stratum[quota[number] : quota[number + 1]] for stratum, quota in parts])
+        del shuffled
         if self.on_order is not None:
-            self.on_order(np.concatenate([batch(number) for number in range(len(self))]), self.epoch)
-        for number in range(len(self)):
-            yield [RowKey(row, self.epoch) for row in batch(number).tolist()]
+            self.on_order(order.ravel(), self.epoch)
+        for span in spans:
+            yield [RowKey(row, self.epoch) for row in order[span].ravel().tolist()]
 
 
 class BatchLoader(DataLoader[TrainingRow]):
     """Loader whose items are optimizer batches, lists of `TrainingRow`; the next is read while the last one trains."""
 
     def __init__(self, rows: CacheRows, batches: EpochBatches) -> None:
+        self._rows = rows
         batches.on_order = rows.expect
         super().__init__(rows, batch_sampler=batches, collate_fn=list)
 
     def __iter__(self) -> Iterator[list[TrainingRow]]:  # type: ignore[override]
         batches = super().__iter__()
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            coming = pool.submit(next, batches, None)
-            while (batch := coming.result()) is not None:
+        try:
+            with ThreadPoolExecutor(max_workers=1) as pool:
                 coming = pool.submit(next, batches, None)
-                yield batch
+                while (batch := coming.result()) is not None:
+                    coming = pool.submit(next, batches, None)
+                    yield batch
+        finally:
+            self._rows.expect_nothing()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; called by the Trainer at the start of each epoch."""

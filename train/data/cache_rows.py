@@ -3,7 +3,7 @@
 import copy
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,16 @@ from offline_kto.kto_core.cache.repeats import Repeats
 from offline_kto.kto_core.cache.shards import numbers
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.cache.verified_shards import VerifiedShards
+from offline_kto.kto_core.equal_ids import index_type
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.hashing import ID
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
 from offline_kto.kto_core.losses.objective_masses import weighted_masses
 from offline_kto.kto_core.progress import Progress
+from offline_kto.kto_core.runtime import return_freed_memory
 from offline_kto.train.data.objectives import check_objectives
-from offline_kto.train.data.row_ids import RowIds
+from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.row_reader import RowReader, StoredRow
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
@@ -114,13 +117,14 @@ class CacheRows(Dataset[TrainingRow]):
         self._files = ShardFiles(paths, found.groups, mapped=mapped)
         if read_manifest(folder) != self.manifest:  # a writer removes the manifest before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
-        self._fitting = np.arange(len(found.labels))  # position in the files of each row here
+        # Position in the files of each row here.
+        self._fitting = np.arange(len(found.labels), dtype=index_type(len(found.labels)))
         self.cut, self.kl_cut = np.zeros(len(found.labels), dtype=bool), 0
         if self.max_length < cached:
             prompts, completions = (
                 numbers(self.column(column, pc.list_value_length)) for column in ("prompt_ids", "completion_ids")
             )
-            self._fitting = np.flatnonzero(prompts < self.max_length)
+            self._fitting = self._fitting[prompts < self.max_length]
             self.cut = (prompts + completions)[self._fitting] > self.max_length
             partners = numbers(self.column("kl_completion_ids", lambda lists: pc.list_value_length(lists.flatten())))
             whole = prompts[:, None] + partners.reshape(len(prompts), self.partners)
@@ -131,6 +135,7 @@ class CacheRows(Dataset[TrainingRow]):
             self.masses = np.stack([numbers(self._of_rows(name)) for name in MASS_COLUMNS], axis=1)
         self._reader = RowReader(self._files)
         self._as_scored = not self.dropped
+        return_freed_memory()
         if not len(self):
             raise CacheError(
                 f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
@@ -141,9 +146,9 @@ class CacheRows(Dataset[TrainingRow]):
         return self._files.column(column, summary)
 
     @functools.cached_property
-    def prompt_ids(self) -> RowIds[str]:
+    def prompt_ids(self) -> RowIds:
         """Prompt id of each row; read when a hold-out needs it."""
-        return RowIds[str](self._of_rows("prompt_id"))
+        return RowIds(self._of_rows("prompt_id", as_ids))
 
     @property
     def prompts(self) -> int:
@@ -161,9 +166,28 @@ class CacheRows(Dataset[TrainingRow]):
             return None
         return Repeats(data["duplicates"], data["contradictions"])
 
-    def ids(self, column: str, rows: np.ndarray) -> pa.ChunkedArray:
-        """Return `row_id` or `prompt_id` of the rows at some positions."""
-        return _taken(self.column(column), self._fitting[rows])
+    def parts(self, columns: list[str], rows: np.ndarray) -> Iterator[tuple[slice, pa.Table]]:
+        """Yield columns of some rows, a few thousand rows at a time.
+
+        Args:
+            rows: ascending positions.
+
+        Yields:
+            Which of `rows`, and their columns.
+        """
+        stored, first = self._fitting[rows], 0
+        for table in self._files.tables(columns):
+            inside = slice(*np.searchsorted(stored, [first, first + len(table)]).tolist())
+            if inside.stop > inside.start:
+                yield inside, table.take(pa.array(stored[inside] - first))
+            first += len(table)
+
+    def row_ids(self) -> np.ndarray:
+        """Read the ids of all rows, dtype `hashing.ID`."""
+        found = np.empty(len(self), dtype=ID)
+        for inside, table in self.parts(["row_id"], self.positions):
+            found[inside] = id_array_of(pa.chunked_array([as_ids(one) for one in table.column(0).chunks]))
+        return found
 
     def places(self, rows: np.ndarray) -> list[str]:
         """Return the places in the feedback of the rows at some positions, or their numbers if the cache has no places."""
@@ -188,9 +212,9 @@ class CacheRows(Dataset[TrainingRow]):
         return found
 
     @functools.cached_property
-    def pair_ids(self) -> RowIds[str | None]:
+    def pair_ids(self) -> RowIds:
         """Preference pair of each row; read when a loss needs it."""
-        return RowIds[str | None](self._of_rows("pair_id"))
+        return RowIds(self._of_rows("pair_id", as_ids))
 
     @functools.cached_property
     def objectives(self) -> dict[str, np.ndarray]:
@@ -240,8 +264,8 @@ class CacheRows(Dataset[TrainingRow]):
         """Counts of rows that `max_length` dropped or truncated."""
         return {"dropped": self.dropped, "cut": int(self.cut.sum()), "kl_cut": self.kl_cut}
 
-    def _of_rows(self, column: str) -> pa.ChunkedArray:
-        return _taken(self.column(column), self._fitting)
+    def _of_rows(self, column: str, summary: Callable[[pa.Array], pa.Array] = lambda values: values) -> pa.ChunkedArray:
+        return _taken(self.column(column, summary), self._fitting)
 
     @functools.cached_property
     def lengths(self) -> SampledLengths:
@@ -267,6 +291,11 @@ class CacheRows(Dataset[TrainingRow]):
             },
         }
 
+    @property
+    def positions(self) -> np.ndarray:
+        """Positions of all rows, int32 where it suffices, shape (rows,)."""
+        return np.arange(len(self), dtype=self._fitting.dtype)
+
     def __len__(self) -> int:
         return len(self._fitting)
 
@@ -284,6 +313,10 @@ class CacheRows(Dataset[TrainingRow]):
     def expect(self, indices: np.ndarray, partner: int) -> None:
         """Prepare for reading some rows once each, in this order and with this mismatched completion."""
         self._reader.expect(self._fitting[indices], partner % self.partners)
+
+    def expect_nothing(self) -> None:
+        """Release the rows that were read ahead."""
+        self._reader.expect_nothing()
 
     def _row(self, index: int, stored: StoredRow) -> TrainingRow:
         return TrainingRow(

@@ -8,15 +8,17 @@ from offline_kto.kto_core.errors import TrainingError
 from offline_kto.kto_core.feedback.quoting import counted
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from offline_kto.train.data.cache_rows import CacheRows
 
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """The cache and the indices of held-out rows; the two rows of a pair are neighbours."""
+    """The cache and the positions of held-out rows, shape (rows,); the two rows of a pair are neighbours."""
 
     cache: "CacheRows"
-    indices: list[int]
+    indices: "np.ndarray"
 
 
 def held_out_prompts(fraction: float, prompts: int) -> int:

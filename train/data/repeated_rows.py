@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offline_kto.kto_core.cache.repeats import equal_rows
+from offline_kto.kto_core.cache.repeats import Repeats, have_both_labels
+from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.train.data.cache_rows import CacheRows
-from offline_kto.train.data.row_ids import sortable
 
 
 class Repeated(NamedTuple):
@@ -34,16 +34,17 @@ def repeated_rows(rows: CacheRows, *, most: int) -> RepeatedRows:
     Args:
         most: groups of each to list.
     """
-    judged = np.flatnonzero(rows.are_judged(slice(None)))
-    groups = equal_rows(sortable(rows.ids("row_id", judged)))
-    desirable, sizes = groups.desirable(rows.labels[judged]), groups.sizes
-    both = (desirable > 0) & (desirable < sizes)
+    if rows.repeats == Repeats(0, 0):
+        return RepeatedRows(Repeated([], 0), Repeated([], 0))
+    judged = rows.positions[rows.are_judged(slice(None))]
+    equal = EqualIds.of(rows.row_ids()[judged])
+    all_starts, sizes = equal.starts, equal.sizes
+    both = have_both_labels(equal, rows.labels[judged])
 
     def listed(chosen: np.ndarray) -> Repeated:
-        starts, counts = groups.starts[chosen], sizes[chosen]
-        firsts = groups.order[starts]
-        found = np.argsort(firsts)[:most]
-        return Repeated([judged[groups.order[starts[at] : starts[at] + counts[at]]] for at in found], len(starts))
+        starts, counts = all_starts[chosen], sizes[chosen]
+        found = np.argsort(equal.order[starts])[:most]
+        return Repeated([judged[equal.order[starts[at] : starts[at] + counts[at]]] for at in found], len(starts))
 
     return RepeatedRows(listed((sizes > 1) & ~both), listed(both))
 

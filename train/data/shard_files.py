@@ -1,10 +1,11 @@
 """Read the row groups of a cache's shards; the files stay open, and few of their footers stay in memory."""
 
+import itertools
 import os
 import resource
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,19 @@ from offline_kto.kto_core.cache.shards import read_groups
 from offline_kto.kto_core.errors import CacheError, said_by
 
 # Memory for parsed footers, and what one needs for each column of a row group, in bytes (as measured).
-_BYTES_OF_FOOTERS, _BYTES_OF_CHUNK = 256 * 2**20, 900
+_BYTES_OF_FOOTERS, _BYTES_OF_CHUNK = 8 * 2**20, 900
 
 # Row groups read together when a whole column is read.
 _GROUPS_AT_ONCE = 16
+
+# Row groups in a block: with 64 rows each, those of a shard of the usual size.
+_GROUPS_OF_BLOCK = 64
 
 
 class ShardFiles:
     """The open shards of a cache.
 
-    Row groups are numbered through all of them, and so are rows.
+    Row groups are numbered through all of them, and so are rows, and blocks: neighbouring row groups of one shard.
 
     Args:
         paths: of the shards, in their order.
@@ -41,11 +45,21 @@ class ShardFiles:
         self._sources = [_opened(path, mapped=mapped) for path in paths]
         self._first_groups = np.cumsum([0, *map(len, groups)])
         self._ends = np.cumsum(np.concatenate([np.asarray(of_shard, dtype=np.int64) for of_shard in groups]))
+        firsts = [np.arange(*span, _GROUPS_OF_BLOCK) for span in itertools.pairwise(self._first_groups.tolist())]
+        self._block_ends = self.first_rows(np.append(np.concatenate(firsts)[1:], len(self._ends)))
         self._footers = _Footers(self._sources)
 
     @property
     def group_count(self) -> int:
         return len(self._ends)
+
+    @property
+    def block_count(self) -> int:
+        return len(self._block_ends)
+
+    def blocks_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the block of each row, shape (rows,)."""
+        return np.searchsorted(self._block_ends, rows, side="right")
 
     def groups_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the row group of each row, shape (rows,)."""
@@ -59,6 +73,14 @@ class ShardFiles:
     def first_row(self, group: int) -> int:
         return int(self._ends[group - 1]) if group else 0
 
+    def first_rows(self, groups: np.ndarray) -> np.ndarray:
+        """Return the first row of each row group, or of the end for the number after the last."""
+        return np.where(groups > 0, self._ends[groups - 1], 0)
+
+    def sizes(self, groups: np.ndarray) -> np.ndarray:
+        """Return the number of rows in each row group."""
+        return self._ends[groups] - self.first_rows(groups)
+
     def read(self, group: int, columns: list[str], *, keep: bool = True) -> pa.Table:
         """Read some columns of a row group.
 
@@ -68,20 +90,49 @@ class ShardFiles:
         Raises:
             CacheError: damaged content.
         """
-        shard = int(np.searchsorted(self._first_groups, group, side="right")) - 1
+        shard = self._shard_of(group)
         position = group - int(self._first_groups[shard])
         with self._footers.of(shard) if keep else _File(self._sources[shard]) as file:
             (table,) = read_groups(self._paths[shard], file, columns=columns, groups=[position])
         return table
 
+    def _shard_of(self, group: int) -> int:
+        return int(np.searchsorted(self._first_groups, group, side="right")) - 1
+
+    def pieces(
+        self, groups: np.ndarray, columns: list[str], *, most_bytes: int
+    ) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Read some columns of row groups of one shard, and yield as many together as fit into some memory.
+
+        Args:
+            groups: sorted.
+            most_bytes: of a table with more than one row group.
+
+        Raises:
+            CacheError: damaged content.
+        """
+        shard = self._shard_of(int(groups[0]))
+        path, positions = self._paths[shard], (groups - self._first_groups[shard]).tolist()
+        with _File(self._sources[shard]) as file:
+            start, together = 0, 1
+            while start < len(groups):
+                some = slice(start, start + together)
+                (table,) = read_groups(path, file, columns=columns, groups=positions[some], at_once=together)
+                yield groups[some], table
+                start += together
+                together = max(1, most_bytes * len(groups[some]) // max(1, table.nbytes))
+
     def column(self, name: str, summary: Callable[[pa.Array], pa.Array]) -> pa.ChunkedArray:
         """Read a column of all shards, and summarize it chunk by chunk. Raises: CacheError: damaged content."""
-        pieces: list[pa.Array] = []
+        return pa.chunked_array(
+            [summary(chunk) for table in self.tables([name]) for chunk in table.column(name).chunks]
+        )
+
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """Yield some columns of all rows, a few row groups at a time. Raises: CacheError: damaged content."""
         for path, source in zip(self._paths, self._sources, strict=True):
             file = pq.ParquetFile(source, pre_buffer=False)
-            for table in read_groups(path, file, columns=[name], at_once=_GROUPS_AT_ONCE):
-                pieces += [summary(chunk) for chunk in table.column(name).chunks]
-        return pa.chunked_array(pieces)
+            yield from read_groups(path, file, columns=columns, at_once=_GROUPS_AT_ONCE)
 
 
 class _File:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG, differences
 from offline_kto.kto_core.cache.manifest_fields import Identity, RowsIdentity
@@ -66,12 +65,12 @@ class TrainingData:
         """
         read = read or functools.partial(open_cache, trust_unchanged=config.trusts_unchanged)
         rows = read(config.cache, config.max_length).judged_by(config.objective_weights)
-        train = np.arange(len(rows))
+        train = rows.positions
         held_out: tuple[CacheRows, np.ndarray] | None = None
         if config.eval_cache is not None:
             held = read(config.eval_cache, config.max_length).judged_by(config.objective_weights)
             _same_reference(held, rows.manifest.identity, "--eval-cache", "--cache")
-            held_out = held, np.arange(len(held))
+            held_out = held, held.positions
         elif config.eval_fraction:
             seed = config.seed if config.eval_seed is None else config.eval_seed
             check_fraction(config.eval_fraction, rows.prompts)
@@ -166,7 +165,7 @@ class TrainingData:
         manifest, (desirable, undesirable) = self.rows.manifest, self.class_counts
         held = np.empty(0, dtype=bool)
         if self.held_out is not None:
-            cache, indices = self.held_out.cache, np.asarray(self.held_out.indices)
+            cache, indices = self.held_out.cache, self.held_out.indices
             held = cache.labels[indices[cache.are_judged(indices)]]
         return {
             "files": [str(file.get("name")) for file in manifest.data.get("files") or []],
@@ -216,7 +215,7 @@ def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
 
     Such a pair has no preference to learn.
     """
-    chosen, rejected = (rows.ids("row_id", side).to_numpy() for side in pairs.T)
+    chosen, rejected = rows.row_ids()[pairs].T
     alike = np.asarray(chosen == rejected)
     for number in np.flatnonzero(rows.cut[pairs].any(axis=1)):  # only rows that were cut are read
         one, other = (rows[int(i)].matched.completion_ids for i in pairs[number])
@@ -226,7 +225,7 @@ def _alike(rows: CacheRows, pairs: np.ndarray) -> np.ndarray:
 
 def _held_out(cache: CacheRows, indices: np.ndarray, config: TrainConfig) -> HeldOutRows:
     units = _units(cache, indices, config, "held-out rows")
-    held_out = HeldOutRows(cache, units.ravel().tolist())
+    held_out = HeldOutRows(cache, units.ravel())
     labels = cache.labels[held_out.indices][cache.are_judged(held_out.indices)]
     if not len(labels):
         raise TrainingError(
@@ -265,13 +264,13 @@ class RowsToEvaluate:
     warning: str | None = None
 
 
-def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: set[str] | None) -> RowsToEvaluate:
+def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: np.ndarray | None) -> RowsToEvaluate:
     """Return the run's held-out rows if `--cache` is its own, else the rows of `--cache` with prompts not trained on.
 
     Args:
         config: the run's own, with the cache to evaluate on.
         record: of the run.
-        trained_prompts: ids of the prompts it was trained on; None if they are not recorded.
+        trained_prompts: ids of the prompts it was trained on, dtype `hashing.ID`; None if they are not recorded.
 
     Raises:
         CacheError, TrainingError: an unusable cache, or one that was scored by another reference.
@@ -293,11 +292,11 @@ def rows_to_evaluate(config: TrainConfig, record: RunRecord, trained_prompts: se
         held_out = TrainingData.open(config, read).held_out
         assert held_out is not None
         return RowsToEvaluate(held_out, "held out", of_run=True)
-    everything = np.arange(len(rows))
+    everything = rows.positions
     if trained_prompts is None:
         what = "all of them; there is no record of the rows that the run was trained on"
         return _perhaps_trained_on(_held_out(rows, everything, config), what)
-    new = np.flatnonzero(~rows.prompt_ids.among(pa.array(sorted(trained_prompts), pa.string())))
+    new = everything[~rows.prompt_ids.among(trained_prompts)]
     day, trained_on = rows.manifest.tokenization.get("rendered_on"), record.get("rendered_on")
     other_day = day and (str(day)[:10] != str(trained_on)[:10] if trained_on else len(new) == len(rows))
     if other_day:

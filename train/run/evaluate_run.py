@@ -19,6 +19,7 @@ from offline_kto.kto_core.launch import sharding_asked_for
 from offline_kto.kto_core.models.folders import find_reference
 from offline_kto.kto_core.models.precision import Precision, resolve_device
 from offline_kto.train.config import TrainConfig
+from offline_kto.train.data.row_ids import as_ids, id_array_of
 from offline_kto.train.data.row_words import scored_in_words, shortened_in_words
 from offline_kto.train.data.training_data import RowsToEvaluate, TrainingData, rows_to_evaluate
 from offline_kto.train.diagnostics.outcome import Tried
@@ -132,7 +133,7 @@ class _Evaluation:
 
             model = load_adapters(model, adapters)
         check_vocabulary(model, held_out.cache)
-        units = np.asarray(held_out.indices).reshape(-1, objective.rows_in_unit)
+        units = held_out.indices.reshape(-1, objective.rows_in_unit)
         data = TrainingData(held_out.cache, units, held_out)
         trainer = make_trainer(config, args, data, model, files, objective, precision, callbacks=[])
         # The base model is read from its folder again. On quantised weights the adapters include the reference's adapter.
@@ -205,7 +206,7 @@ class _Evaluation:
         if before is not None and self.config.allow_different_policy:
             before = load_untrained(self.run / UNTRAINED, before) if self.rows.of_run else None
         found = summary(scores, objective, int(self._final.get("step", 0)), before, tried)
-        groups = held_out_groups(scores, before, objective, held_out.cache.source_files(np.asarray(held_out.indices)))
+        groups = held_out_groups(scores, before, objective, held_out.cache.source_files(held_out.indices))
         for line in [
             *summary_lines(found, rows="held out" if self.rows.of_run else "evaluated"),
             *verdict_lines(found),
@@ -327,10 +328,11 @@ def _weights(run: Path, record: RunRecord) -> tuple[float, float]:
     raise ConfigError(f"{run / RUN_RECORD}: the class weights of the run are missing, so it cannot be evaluated.")
 
 
-def _trained_prompts(run: Path) -> set[str] | None:
-    """Return the ids of the prompts the run was trained on; None if they are not recorded."""
+def _trained_prompts(run: Path) -> np.ndarray | None:
+    """Return the ids of the prompts the run was trained on, dtype `hashing.ID`; None if they are not recorded."""
     try:
         table = read_rewards(run, ["split", "prompt_id"])
     except (OSError, ValueError, MemoryError, pa.ArrowException):
         return None
-    return set(table["prompt_id"].filter(holds_word(table["split"], "train")).unique().to_pylist())
+    trained = table["prompt_id"].filter(holds_word(table["split"], "train")).unique().dictionary_decode()
+    return id_array_of(pa.chunked_array([as_ids(trained)]))

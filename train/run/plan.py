@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from offline_kto.kto_core.console import tell, warn
@@ -92,7 +93,7 @@ def print_plan(
 
 def _samples_in_words(config: TrainConfig, held_out: HeldOutRows, count: int) -> str:
     """Return how many prompts are completed, and when."""
-    prompts = len({held_out.cache.prompt_ids[i] for i in held_out.indices})
+    prompts = len(np.unique(held_out.cache.prompt_ids.codes[held_out.indices]))
     when = ", and at its evaluations" if config.samples_at == "evaluations" else ""
     return (
         f"{min(count, prompts)} of {counted(prompts, 'held-out prompt')}, at most {MOST_NEW_TOKENS} new tokens each, before and after "

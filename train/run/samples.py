@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.utils import broadcast_object_list
 
 from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.equal_ids import IdIndex
 from offline_kto.kto_core.errors import KTOError, in_one_line
 from offline_kto.kto_core.feedback.quoting import counted
+from offline_kto.kto_core.hashing import hex_ids
 from offline_kto.kto_core.library_types import Model, Tokenizer
 from offline_kto.kto_core.progress import Progress
 from offline_kto.kto_core.scoring.model_code import model_code
 from offline_kto.train.data.cache_rows import RowKey
 from offline_kto.train.data.held_out import HeldOutRows
+from offline_kto.train.data.row_ids import as_ids, id_array_of
 from offline_kto.train.run_records import SampleRecord
 from offline_kto.train.samples_file import MOST_NEW_TOKENS, SAMPLES, read_samples, write_samples
 from offline_kto.train.trainer.generation import Completion, Generation
@@ -72,7 +76,7 @@ class HeldOutSamples:
             return
         held_out = trainer.held_out
         assert held_out is not None
-        firsts = first_rows(held_out)
+        firsts = FirstRows(held_out)
         known: list[list[str]] = [[]]
         if trainer.is_world_process_zero() and until is not None:
             found = [one for one in read_samples(self.folder, self.name) if one["prompt_id"] in firsts]
@@ -88,8 +92,8 @@ class HeldOutSamples:
                 f"samples     {self.path} has {counted(len(known[0]), 'prompt')}, which are kept; without it, {self.count} are chosen"
             )
         # In the order of their hashes: runs with the same held-out rows have the same samples, whatever their seed.
-        chosen = known[0] or sorted(firsts)[: self.count]
-        self._prompts = {name: held_out.cache[RowKey(firsts[name], 0)].matched.prompt_ids for name in chosen}
+        chosen = known[0] or firsts.names(self.count)
+        self._prompts = {name: held_out.cache[RowKey(firsts.of(name), 0)].matched.prompt_ids for name in chosen}
         self._generation = self._prepared(held_out)
 
     def make(self, step: int) -> None:
@@ -137,7 +141,7 @@ class HeldOutSamples:
 
     def _prepared(self, held_out: HeldOutRows) -> Generation:
         every = held_out.indices
-        rows = [held_out.cache[RowKey(i, 0)] for i in every[:: -(-len(every) // _ROWS_READ)]]
+        rows = [held_out.cache[RowKey(i, 0)] for i in every[:: -(-len(every) // _ROWS_READ)].tolist()]
         completions = [row.matched.completion_ids for row in rows]
         policy = self.trainer.policy
         return Generation(
@@ -162,12 +166,28 @@ class HeldOutSamples:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def first_rows(held_out: HeldOutRows) -> dict[str, int]:
-    """Return the first held-out row of each prompt, by prompt id."""
-    found: dict[str, int] = {}
-    for i in held_out.indices:
-        found.setdefault(held_out.cache.prompt_ids[i], i)
-    return found
+class FirstRows:
+    """The first held-out row of each prompt."""
+
+    def __init__(self, held_out: HeldOutRows) -> None:
+        ids = held_out.cache.prompt_ids
+        codes, first = np.unique(ids.codes[held_out.indices], return_index=True)
+        self._ids, self._rows = ids.distinct[codes], held_out.indices[first]
+        self._index = IdIndex(self._ids, self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return self.of(str(name)) >= 0
+
+    def of(self, name: str) -> int:
+        """Return the first row of the prompt with an id; -1 if it is not held out."""
+        return int(self._index.find(id_array_of(pa.chunked_array([as_ids(pa.array([name]))])))[0])
+
+    def names(self, count: int) -> list[str]:
+        """Return the smallest ids of prompts."""
+        return hex_ids(self._ids[:count])
 
 
 def end_tokens(tokenizer: Tokenizer, model: Model, completions: Sequence[np.ndarray]) -> tuple[int, ...]:

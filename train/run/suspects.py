@@ -5,6 +5,7 @@ best before the policy has trained on the row itself. Held-out rows have the rew
 of their last update, which costs no pass. Both are measured from the reference point of the accuracy.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from offline_kto.train.trainer.objective import Objective
 # Rows that are listed: whose reward contradicts their label, that changed most, and groups of equal rows of each kind.
 MOST_SUSPECTS, MOST_CHANGED, MOST_REPEATED = 50, 20, 200
 
+# Rows whose masses are in memory at a time.
+_AT_ONCE = 65_536
+
 # Places of equal rows, and characters of a text: with what names its middle, no more than the report shows.
 _MOST_OTHERS, _LONGEST_TEXT = 50, 1900
 
@@ -46,7 +50,7 @@ class ScoredRows:
 
     Attributes:
         split: `train`, `held_out` or `evaluated`.
-        indices: positions in the cache, int64, shape (rows,).
+        indices: positions in the cache, shape (rows,).
         logratios: nats, NaN for a row that was not scored, float64, shape (rows,); so are the next two.
         points: the log-ratio at which each counts as neither desirable nor undesirable.
         before: before training, NaN where it is not known.
@@ -64,10 +68,12 @@ class ScoredRows:
 
         It is what the row's masses lose: `(b - a) (r - point)`. A row with equal masses for and against is never suspect.
         """
-        desirable, undesirable = self.cache.masses_of(self.indices).T
-        distances = self.logratios - self.points
-        found = (undesirable - desirable) * distances
-        found[~(np.abs(distances) >= TIE)] = 0.0  # rounding decides on the side, or the row was never scored
+        found = self.logratios - self.points
+        found[~(np.abs(found) >= TIE)] = 0.0  # rounding decides on the side, or the row was never scored
+        for start in range(0, len(found), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            desirable, undesirable = self.cache.masses_of(self.indices[some]).T
+            found[some] *= undesirable - desirable
         return found
 
     def changes(self) -> np.ndarray:
@@ -157,7 +163,10 @@ class _Shown:
 
     def __init__(self, parts: Sequence[ScoredRows], beta: float, tokenizer: Tokenizer) -> None:
         self._parts, self._beta, self._tokenizer = parts, beta, tokenizer
-        self._orders = [np.argsort(part.indices, kind="stable") for part in parts]
+
+    @functools.cached_property
+    def _orders(self) -> list[np.ndarray]:
+        return [np.argsort(part.indices, kind="stable") for part in self._parts]
 
     def row(self, kind: str, part: ScoredRows, at: int) -> Suspect:
         """Return a row of a part."""
@@ -232,7 +241,7 @@ def trained_rows(
         points = seen.mean(axis=1, keepdims=True).repeat(2, axis=1)
     else:
         points = _points_logged(steps[units], objective, history)
-    before = np.full(units.size, 0.0 if starts_as_reference else np.nan)
+    before = np.broadcast_to(0.0 if starts_as_reference else np.nan, units.size)  # one value in memory
     return ScoredRows("train", data.rows, units.ravel(), seen.ravel(), points.ravel(), before)
 
 
@@ -241,7 +250,7 @@ def _points_logged(steps: np.ndarray, objective: Objective, history: Sequence[Ma
     name, scale = ("kl", 1.0) if objective.traits.needs_mismatched else ("reward_shift", 1 / objective.beta)
     logged = sorted({int(record["step"]): record[name] * scale for record in history if name in record}.items())
     if not logged:
-        return np.zeros(steps.shape)
+        return np.broadcast_to(0.0, steps.shape)
     ends, points = np.array(logged).T
     return np.asarray(points[np.searchsorted(ends, steps + 1).clip(max=len(ends) - 1)])
 
@@ -256,5 +265,5 @@ def held_out_rows(
     """
     logratios = scores.logratios.numpy()
     points = reference_points(scores, objective).numpy()
-    then = np.full(len(logratios), np.nan) if before is None else before.logratios.numpy()
-    return ScoredRows(split, held_out.cache, np.asarray(held_out.indices), logratios, points, then)
+    then = np.broadcast_to(np.nan, len(logratios)) if before is None else before.logratios.numpy()
+    return ScoredRows(split, held_out.cache, held_out.indices, logratios, points, then)

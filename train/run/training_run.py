@@ -354,8 +354,7 @@ class TrainingRun:
         steps, logratios = trainer.row_logratios.over_ranks(trainer.policy.ranks)
         if not self.is_main:
             return None
-        seen = np.flatnonzero(steps >= 0)
-        write_rewards(self.out / REWARDS, self.data, seen, logratios[seen], scores)
+        write_rewards(self.out / REWARDS, self.data, steps, logratios, scores)
         self.scored_rows = self._scored_rows(steps, logratios, scores)
         final: FinalUpdate = {"step": trainer.final_step, "updates": trainer.state.global_step}
         final.update(self._speed())
@@ -366,7 +365,7 @@ class TrainingRun:
             return None
         found = summary(scores, self.objective, trainer.final_step, trainer.changes.untrained, self._tried)
         assert self.data.held_out is not None
-        files = self.data.held_out.cache.source_files(np.asarray(self.data.held_out.indices))
+        files = self.data.held_out.cache.source_files(self.data.held_out.indices)
         found["groups"] = held_out_groups(scores, trainer.changes.untrained, self.objective, files)
         found["fingerprint"] = self.data.rows.manifest.fingerprint
         write_json(self.out / EVALUATION, found)

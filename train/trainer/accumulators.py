@@ -66,7 +66,7 @@ class RowLogratios:
 
     def __init__(self, rows: int) -> None:
         self.logratios = np.zeros(rows, dtype=np.float32)
-        self.steps = np.full(rows, -1, dtype=np.int64)  # update in which the row was last seen
+        self.steps = np.full(rows, -1, dtype=np.int32)  # update in which the row was last seen
         self._waiting: list[tuple[Sequence[int], Tensor, int]] = []
 
     def add(self, rows: Sequence[int], logratios: Tensor, step: int) -> None:
@@ -104,4 +104,4 @@ class RowLogratios:
             return
         found = load_file(checkpoint / _ROWS)
         if len(found["steps"]) == len(self.steps):
-            self.steps, self.logratios = found["steps"].numpy(), found["logratios"].numpy()
+            self.steps, self.logratios = found["steps"].numpy().astype(np.int32), found["logratios"].numpy()

@@ -24,7 +24,7 @@ class Scores:
     """Scores of held-out rows under the policy; float64 on the host, shape (rows,).
 
     Attributes:
-        prompt_ids: of each row.
+        prompts: number of each row's prompt, int32, shape (rows,); equal for equal prompts.
         masses: desirable and undesirable mass, shape (rows, 2); a row without mass counts for its objectives alone.
         objectives: masses by the name of an objective, shape (rows, 2) each; empty without objectives.
         tokens: of each completion.
@@ -35,7 +35,7 @@ class Scores:
         prompt_tokens: of each prompt; None if they are not known.
     """
 
-    prompt_ids: list[str]
+    prompts: np.ndarray
     masses: Tensor
     objectives: dict[str, Tensor]
     tokens: Tensor
@@ -59,8 +59,8 @@ class Scores:
     @property
     def prompts_of_class(self) -> int:
         """Number of distinct prompts of the class that has fewer of them; a class without rows does not count."""
-        of_class = [{self.prompt_ids[i] for i in np.flatnonzero(mass.numpy())} for mass in self.masses.unbind(1)]
-        return min(len(prompts) for prompts in of_class if prompts)
+        of_class = [len(np.unique(self.prompts[mass.numpy() != 0])) for mass in self.masses.unbind(1)]
+        return min(count for count in of_class if count)
 
 
 def held_out_metrics(scores: Scores, objective: Objective) -> dict[str, float]:
@@ -80,14 +80,14 @@ def summary(
         before: of the same rows before training; None if they are not known, which leaves the verdict open.
         tried: the options that the verdict's advice depends on.
     """
-    drawn = replicates(lambda weights: _statistics(scores, objective, weights), scores.prompt_ids)
+    drawn = replicates(lambda weights: _statistics(scores, objective, weights), scores.prompts)
     then: dict[str, MetricInterval] = {}
     changes: dict[str, Change] = {}
     verdict, tried = None, tried or Tried()
     if before is not None:
         then = with_intervals(
             held_out_metrics(before, objective),
-            replicates(lambda weights: _statistics(before, objective, weights), before.prompt_ids),
+            replicates(lambda weights: _statistics(before, objective, weights), before.prompts),
         )
         changes = changes_since(before, scores, objective)
         verdict = verdict_on(changes, scores)
@@ -97,7 +97,7 @@ def summary(
         "loss": objective.loss,
         "beta": objective.beta,
         "rows": len(scores.masses),
-        "prompts": len(set(scores.prompt_ids)),
+        "prompts": len(np.unique(scores.prompts)),
         "resamples": RESAMPLES,
         "metrics": with_intervals(held_out_metrics(scores, objective), drawn),
         "before": then,
@@ -126,7 +126,7 @@ def changes_since(
         old, new = (_statistics(scores, objective, weights) for scores in (before, after))
         return {name: new[name] - old[name] for name in new}
 
-    drawn = replicates(difference, after.prompt_ids, resamples=resamples)
+    drawn = replicates(difference, after.prompts, resamples=resamples)
     level = expanded_level(max(2, after.prompts_of_class))
     found = {name: interval(drawn[name], level=level) if name in drawn else None for name in now}
     return {
@@ -136,7 +136,7 @@ def changes_since(
 
 def drawn_values(scores: Scores, objective: Objective, metric: str) -> list[float]:
     """Return the bootstrap replicates of a metric; those of two models on the same prompts are paired."""
-    drawn = replicates(lambda weights: {metric: _statistics(scores, objective, weights)[metric]}, scores.prompt_ids)
+    drawn = replicates(lambda weights: {metric: _statistics(scores, objective, weights)[metric]}, scores.prompts)
     return drawn[metric].tolist() if drawn else []
 
 

@@ -52,7 +52,7 @@ def held_out_groups(
     then = None if before is None else _with_loss(before, objective, groups)
     drawn: dict[str, Tensor] = {}
     if len(scores.masses) <= _MOST_RESAMPLED:
-        drawn = replicates(lambda weights: _by_number(_values(scores, objective, groups, weights)), scores.prompt_ids)
+        drawn = replicates(lambda weights: _by_number(_values(scores, objective, groups, weights)), scores.prompts)
     return [_record(number, group, now, then, drawn) for number, group in enumerate(groups)]
 
 

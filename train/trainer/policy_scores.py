@@ -53,25 +53,27 @@ class PolicyScores:
     def _of_rows(
         self, held_out: HeldOutRows, score: Callable[[Sequence[TrainingRow]], Tensor], shift: float | None
     ) -> Scores:
-        indices, tokens, prompt_tokens = held_out.indices, [], []
+        indices = held_out.indices
+        tokens, prompt_tokens = (torch.empty(len(indices), dtype=torch.float64) for _ in range(2))
         per_row = self.objective.scores_per_row
         scores = torch.empty(per_row + 1, len(indices), dtype=torch.float64)
         for start in range(0, len(indices), HELD_OUT_ROWS):
-            rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS]]
-            scores[:, start : start + len(rows)] = score(rows)
-            tokens += [len(row.matched.completion_ids) for row in rows]
-            prompt_tokens += [len(row.matched.prompt_ids) for row in rows]
+            rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS].tolist()]
+            some = slice(start, start + len(rows))
+            scores[:, some] = score(rows)
+            tokens[some] = torch.tensor([len(row.matched.completion_ids) for row in rows])
+            prompt_tokens[some] = torch.tensor([len(row.matched.prompt_ids) for row in rows])
         return Scores(
-            prompt_ids=[held_out.cache.prompt_ids[i] for i in indices],
+            prompts=held_out.cache.prompt_ids.codes[indices],
             masses=torch.from_numpy(held_out.cache.masses_of(indices)),
             objectives={name: torch.from_numpy(masses[indices]) for name, masses in held_out.cache.objectives.items()},
-            tokens=torch.tensor(tokens, dtype=torch.float64),
+            tokens=tokens,
             logps=scores[0],
             logratios=scores[1],
             kl_logratios=scores[per_row] if self.objective.traits.needs_mismatched else None,
             shift=shift,
             clipped=scores[2:per_row] if per_row > 2 else None,
-            prompt_tokens=torch.tensor(prompt_tokens, dtype=torch.float64),
+            prompt_tokens=prompt_tokens,
         )
 
     def logratio_sum(self, sequences: Sequence[ScoredSequence], masses: Sequence[float]) -> tuple[Tensor, Tokens]:
