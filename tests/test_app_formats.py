@@ -34,6 +34,7 @@ from app_exports import (
     trace,
 )
 from app_exports import REFUSED as APP_REFUSED
+from join_exports import JOIN_CASES, ai_chat, flowise
 from tool_exports import ASKED_HI, OBSERVATION, SAID_HELLO, TOOL_CASES, TOOL_REFUSED, blob_trace
 
 from offline_kto.kto_core.errors import KTOError
@@ -42,7 +43,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import read_records
 
-CASES = {**APP_CASES, **TOOL_CASES}
+CASES = {**APP_CASES, **TOOL_CASES, **JOIN_CASES}
 REFUSED = {**APP_REFUSED, **TOOL_REFUSED}
 
 
@@ -911,3 +912,19 @@ def test_the_parts_of_joined_messages_count_as_read(tmp_path: Path) -> None:
     )
     unused = read(write(tmp_path / "f.jsonl", case.records), **case.options)[3].unused_columns()
     assert "parts" not in unused
+
+
+@pytest.mark.parametrize("write_one", [flowise, ai_chat])
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_joined_messages_whose_order_is_not_clear_are_refused(tmp_path: Path, write_one: Any, form: str) -> None:
+    records = [write_one(at, role, "x") for at, role in (("2/1/2026 9:00", "user"), ("1/31/2026 9:00", "assistant"))]
+    message = refusal(write(tmp_path / f"f.{form}", records))
+    words = ("created", '"2/1/2026 9:00"', "two dates", "Write times as")
+    assert [word for word in words if word not in message] == []
+
+
+def test_counts_of_langsmith_that_are_none_are_refused(tmp_path: Path) -> None:
+    records = [{**CASES["LANGSMITH_COUNTS"].records[0], "feedback_stats": {"thumb": {"values": {"up": 0.5}}}}]
+    message = refusal(write(tmp_path / "f.json", records))
+    assert '"up" is 0.5' in message
+    assert "number of votes" in message

@@ -1735,3 +1735,35 @@ def test_nesting_too_deep_to_be_copied_is_a_defect_of_its_row_in_a_mapped_file_t
     data = as_jsonl(tmp_path, records)
     assert f"{data.name}:1: the record is nested too deeply" in refusal(data, map=str(mapping))
     assert len(read(data, map=str(mapping), on_bad_row="skip")[0]) == 1
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_json], ids=name_of)
+def test_a_message_inside_a_list_beside_labels_of_messages_is_refused(tmp_path, container):
+    record = {"messages": [*turns("q", "a", "r"), [assistant("b")]], "labels": [True, False]}
+    assert "message 4 of 'messages'" in refusal(container(tmp_path, [record]))
+
+
+# The order as text is another one.
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [{"answer": "b", "rank": "10"}, {"answer": "a", "rank": "9"}],
+        },
+        {
+            "context": [user("q")],
+            "completions": [
+                {"rank": "10", "completion": [assistant("b")]},
+                {"rank": "9", "completion": [assistant("a")]},
+            ],
+        },
+        {"question": "q", "answers": [{"text": "b", "pm_score": "9"}, {"text": "a", "pm_score": "10"}]},
+    ],
+    ids=["nectar", "nemo_rl", "stack_exchange_preferences"],
+)
+def test_ranks_that_are_text_are_numbers(tmp_path, container, record):
+    rows, left_out, _ = read(container(tmp_path, [record]))
+    assert [(row[0][-1], row[1]) for row in rows] == [("a", True), ("b", False)]
+    assert left_out == {}

@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from offline_kto.kto_core.feedback.labels import number_in
 from offline_kto.kto_core.feedback.messages import ROLES
+from offline_kto.kto_core.feedback.quoting import quoted
 
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
@@ -40,6 +42,8 @@ _SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
 # Keys whose value may be an object with the text inside; objects under other keys are settings.
 _OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
 _DESCRIBE: Final = "describe the file with --map FILE, or pass --prompt-field, --completion-field and --label-field"
+# More votes than one answer gets; they are listed one by one.
+_MOST_COUNTED: Final = 1_000_000
 _SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
 _JSON_START = re.compile(r"\s*[\[{]")
 _PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
@@ -370,6 +374,22 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
         return None
     shown = ", ".join(repr(name) for name in [*(known or there)][:8])
     raise ValueError(f"it is not clear which of the keys {shown} has the {what}; {_DESCRIBE}")
+
+
+def each_counted(value: object) -> list[str]:
+    """Return each key of an object of counts as often as its value says: the votes that were counted.
+
+    Raises:
+        ValueError: a value that is no count.
+    """
+    found = opened(value)
+    votes: list[str] = []
+    for key, count in found.items() if isinstance(found, dict) else ():
+        number = number_in(count)
+        if number is None or not number.is_integer() or not 0 <= number <= _MOST_COUNTED:
+            raise ValueError(f"{quoted(key)} is {quoted(count)}, which is no number of votes")
+        votes += [key] * int(number)
+    return votes
 
 
 def gathered(values: object) -> dict[str, list[object]]:

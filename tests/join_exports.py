@@ -1,0 +1,128 @@
+"""Exports of votes, and of messages that are joined, and what each becomes, written by hand from reading them."""
+
+import json
+from typing import Any
+
+from app_exports import UNRATED, Case, gradio, row
+
+
+def run(name: str, asked: str, said: str, **votes: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "run_type": "chain",
+        "inputs": {"question": asked},
+        "outputs": {"answer": said},
+        "feedback_stats": {"thumb": {"n": sum(votes.values()), "avg": None, "values": votes}},
+    }
+
+
+# Each word with the number of its votes.
+LANGSMITH_COUNTS = Case(
+    "langsmith",
+    [run("1", "Hi", "Hello", up=10, down=1), run("2", "Sum", "5", up=1, down=10), run("3", "So?", "No", up=0, down=2)],
+    [row("Hi", "Hello", True), row("Sum", "5", False), row("So?", "No", False)],
+    options={"votes": "share"},
+)
+LANGSMITH_TABLE_COUNTS = Case(
+    "langsmith_table",
+    [
+        {"inputs.question": asked, "outputs.answer": said, "feedback_stats.thumb.values": json.dumps(votes)}
+        for asked, said, votes in (("Hi", "Hello", {"up": 3, "down": 1}), ("Sum", "5", {"up": 1, "down": 3}))
+    ],
+    [row("Hi", "Hello", True), row("Sum", "5", False)],
+    options={"votes": "share"},
+)
+
+# A vote that was withdrawn; `value` is the text of the answer.
+GRADIO_WITHDRAWN = Case(
+    "gradio_chat",
+    [
+        {"conversation": gradio("Tea?", "Yes"), "index": "1", "value": "Yes", "flag": "Dislike", "timestamp": "2026"},
+        {"conversation": gradio("Ice?", "No"), "index": "1", "value": "No", "flag": "Like", "timestamp": "2026"},
+        {"conversation": gradio("Hot?", "Yes"), "index": "1", "value": "Yes", "flag": "", "timestamp": "2026"},
+    ],
+    [row("Tea?", "Yes", False), row("Ice?", "No", True)],
+    {UNRATED: 1},
+)
+GRADIO_PAIRS_WITHDRAWN = Case(
+    "gradio_chat_pairs",
+    [
+        {"conversation": '[["Tea?", "Yes"]]', "index": "[0, 1]", "value": "Yes", "flag": flag, "timestamp": "2026"}
+        for flag in ("Dislike", None)
+    ],
+    [row("Tea?", "Yes", False)],
+    {UNRATED: 1},
+)
+# Without `flag`, the vote is there.
+GRADIO_VALUE = Case(
+    "gradio_chat",
+    [{"conversation": gradio("Tea?", "Yes"), "index": "1", "value": "Dislike", "timestamp": "2026"}],
+    [row("Tea?", "Yes", False)],
+)
+
+
+def flowise(at: Any, role: str, content: str, rating: str | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "id": f"{at}{role}",
+        "chatflowid": "f",
+        "chatId": "c",
+        "sessionId": "s",
+        "createdDate": at,
+        "role": role,
+        "content": content,
+        "rating": rating,
+        **more,
+    }
+
+
+def ai_chat(at: Any, role: str, text: str, vote: bool | None = None, **more: Any) -> dict[str, Any]:
+    return {
+        "id": f"{at}{role}",
+        "chatId": "c",
+        "createdAt": at,
+        "role": role,
+        "parts": [{"type": "text", "text": text}],
+        "attachments": [],
+        "isUpvoted": vote,
+        **more,
+    }
+
+
+TWO_TURNS = [row("Hi", "Yo", True), row("user: Hi | assistant: Yo | user: Tea?", "Mud", False)]
+
+
+def in_turns(write: Any, times: tuple[Any, ...], up: Any, down: Any, users: str, bots: str) -> list[dict[str, Any]]:
+    """Return two turns, the later one first."""
+    first, second, third, fourth = times
+    return [
+        write(third, users, "Tea?"),
+        write(fourth, bots, "Mud", down),
+        write(first, users, "Hi"),
+        write(second, bots, "Yo", up),
+    ]
+
+
+# Times whose order as text is another one.
+FLOWISE_HOURS = Case(
+    "flowise_db",
+    in_turns(
+        flowise,
+        ("2026-01-01 9:59:00", "2026-01-01 9:59:05", "2026-01-01 10:01:00", "2026-01-01 10:01:05"),
+        *("THUMBS_UP", "THUMBS_DOWN", "userMessage", "apiMessage"),
+    ),
+    TWO_TURNS,
+)
+AI_CHATBOT_DAYS = Case(
+    "ai_chatbot",
+    in_turns(
+        ai_chat,
+        ("1/9/2026 9:00", "1/9/2026 9:01", "1/10/2026 9:00", "1/10/2026 9:01"),
+        *(True, False, "user", "assistant"),
+    ),
+    TWO_TURNS,
+)
+AI_CHATBOT_NUMBERS = Case(
+    "ai_chatbot", in_turns(ai_chat, (998, 999, 1000, 1001), True, False, "user", "assistant"), TWO_TURNS
+)
+
+JOIN_CASES = {name: case for name, case in dict(globals()).items() if isinstance(case, Case)}
