@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
-from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 
@@ -1767,3 +1767,20 @@ def test_ranks_that_are_text_are_numbers(tmp_path, container, record):
     rows, left_out, _ = read(container(tmp_path, [record]))
     assert [(row[0][-1], row[1]) for row in rows] == [("a", True), ("b", False)]
     assert left_out == {}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize("column", ["images", "image", "audio", "attachments"])
+@pytest.mark.parametrize("value", ["[]", "None", " ", {"bytes": None, "path": None}, [{"path": None}], "[null]"])
+def test_a_column_of_media_without_any_leaves_no_row_out(tmp_path, container, column, value):
+    record = {"prompt": "q", "completion": "a", "label": True, column: value}
+    assert read(container(tmp_path, [record]))[:2] == ([up("q", "a")], {})
+    other = {**record, column: {"bytes": None, "path": "a.png"} if isinstance(value, dict) else "a.png"}
+    if not isinstance(value, list):
+        assert read(container(tmp_path, [record, other]))[1] == {MEDIA: 1}
+
+
+@pytest.mark.parametrize("value", ["[]", "None", {"bytes": None, "path": None}, [None]], ids=str)
+def test_a_key_of_media_of_a_message_without_any_leaves_no_row_out(tmp_path, value):
+    record = {"messages": [{**user("q"), "images": value}, assistant("a")], "label": True}
+    assert read(as_jsonl(tmp_path, [record]))[:2] == ([up("q", "a")], {})

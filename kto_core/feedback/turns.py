@@ -6,7 +6,7 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import has_no_value, number_in
+from offline_kto.kto_core.feedback.labels import has_no_value, holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
@@ -203,7 +203,7 @@ class _Conversation:
     def message(self, turn: Record) -> tuple[Message, ...]:
         """Return a turn as messages."""
         for reason, path in self._spec.leave_out:
-            if _holds(path.find(turn, self._where)):
+            if holds(path.find(turn, self._where)):
                 raise LeftOut(reason, path.text)
         kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
         kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
@@ -213,7 +213,7 @@ class _Conversation:
         else:
             names = (*TEXT_KEYS, "parts")
             kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
-            kept |= {name: turn[name] for name in MEDIA_KEYS if _holds(turn.get(name))}
+            kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns
@@ -234,14 +234,6 @@ def _parts(value: object) -> object:
     found = opened(value)
     are_parts = isinstance(found, list) and bool(found) and all(isinstance(p, dict) and "type" in p for p in found)
     return found if are_parts else value
-
-
-def _holds(value: object) -> bool:
-    """Return whether a condition is true, of a list whether any is; tables write false values as text: "[]", "false"."""
-    found = opened(value)
-    if isinstance(found, list):
-        return any(map(_holds, found))
-    return not has_no_value(found) and bool(found) and not (isinstance(found, str) and found.strip().lower() == "false")
 
 
 def _key(value: object) -> object:
