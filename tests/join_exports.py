@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from app_exports import UNRATED, Case, gradio, row
+from app_exports import UNRATED, Case, gradio, row, trace
 
 
 def run(name: str, asked: str, said: str, **votes: int) -> dict[str, Any]:
@@ -123,6 +123,44 @@ AI_CHATBOT_DAYS = Case(
 )
 AI_CHATBOT_NUMBERS = Case(
     "ai_chatbot", in_turns(ai_chat, (998, 999, 1000, 1001), True, False, "user", "assistant"), TWO_TURNS
+)
+
+# Rows of one message: as often as it has votes, or by mistake.
+FLOWISE_VOTES = Case(
+    "flowise_db",
+    [
+        flowise("2026-01-01", "userMessage", "Hi"),
+        *(flowise("2026-01-02", "apiMessage", "Yo", one) for one in ("THUMBS_UP", "THUMBS_UP", "THUMBS_DOWN")),
+        flowise("2026-01-03", "userMessage", "Tea?"),
+        *(
+            flowise("2026-01-04", "apiMessage", "Mud", one, rater=who)
+            for who, one in (("a", "THUMBS_DOWN"), ("b", None))
+        ),
+    ],
+    [row("user: Hi | assistant: Yo | user: Tea?", "Mud", False)],
+    {"raters disagree": 1},
+)
+AI_CHATBOT_VOTES = Case(
+    "ai_chatbot",
+    [
+        ai_chat("2026-01-01", "user", "Hi"),
+        *(ai_chat("2026-01-02", "assistant", "Yo", vote, rater=who) for who, vote in enumerate((True, True))),
+        *[ai_chat("2026-01-03", "user", "Tea?")] * 2,
+        ai_chat("2026-01-04", "assistant", "Mud", False),
+    ],
+    TWO_TURNS,
+)
+# The input of a call may end with its answer.
+LANGFUSE_WHOLE = Case(
+    "langfuse",
+    [
+        trace(name, [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], answer, thumb=[vote])
+        for name, asked, said, answer, vote in (
+            ("1", "Hi", "Hello", {"role": "assistant", "content": "Hello"}, 1),
+            ("2", "Sum", "5 ", "5", 0),
+        )
+    ],
+    [row("Hi", "Hello", True), row("Sum", "5", False)],
 )
 
 JOIN_CASES = {name: case for name, case in dict(globals()).items() if isinstance(case, Case)}

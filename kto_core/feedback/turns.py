@@ -1,12 +1,13 @@
 """Find the judged turns of a conversation, and the turns before each of them, in a list or a tree."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import has_no_value, holds, number_in
+from offline_kto.kto_core.feedback.labels import holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
@@ -51,7 +52,8 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         found = True
         try:
-            label = turns.label.read(turn if turns.rated is None else record, where)
+            copies = conversation.copies[number] if turns.rated is None else [record]
+            label = turns.label.read_copies(copies, where)
             judged = list(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
         except LeftOut as left:
@@ -104,7 +106,12 @@ def _ranked_pairs(
 
 
 class _Conversation:
-    """The turns of a record."""
+    """The turns of a record.
+
+    Attributes:
+        turns: each message once.
+        copies: of each turn, all that have its id in records that are joined: one message may have several votes.
+    """
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
@@ -115,13 +122,30 @@ class _Conversation:
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise FeedbackError(f"{where}: {turns.messages.source}: must be a list of turns, got {quoted(found)}.")
         self.turns: list[dict[str, Any]] = []
+        self.copies: list[list[dict[str, Any]]] = []
         # Position of the turn that comes before each: None at the beginning, _MISSING if it is not in the record.
         self._before: list[int | None] = []
         if turns.children is not None:
             self._walk(found, turns.children)
+            self.copies = [[one] for one in self.turns]
         else:
-            self.turns = found
+            found = (
+                self._copies(found) if mapping.join is not None and turns.id is not None else [[one] for one in found]
+            )
+            self.turns, self.copies = [one[0] for one in found], found
             self._before = list(self._parents())
+
+    def _copies(self, turns: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return the turns in groups of the same message: the same id, role and text."""
+        assert self._spec.id is not None
+        found: dict[str, list[dict[str, Any]]] = {}
+        for number, turn in enumerate(turns):
+            key = self._spec.id.find(turn, self._where)
+            texts = turn if self._spec.text is None else {"text": self._spec.text.find(turn, self._where)}
+            said = [texts.get(name) for name in (*TEXT_KEYS, "parts")]
+            same = [number] if key is None else [key, self._spec.role.find(turn, self._where), said]
+            found.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(turn)
+        return [*found.values()]
 
     def _walk(self, roots: list[dict[str, Any]], children: Path) -> None:
         """Collect the turns of a tree, each before those that follow it."""
