@@ -290,7 +290,11 @@ class Feedback:
         """
         joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
         for where, record in records:
-            key = join.find(record, where)
+            try:
+                key = join.find(record, where)
+            except FeedbackError as error:
+                self.reject(where, error)
+                continue
             if key is None:
                 self.reject(where, FeedbackError(f"{where}: {join.nothing(record)}."))
                 continue
