@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from app_exports import UNRATED, Case, gradio, row, trace
+from app_exports import UNRATED, ZERO, Case, gradio, row, trace
+from tool_exports import asked_dify
 
 
 def run(name: str, asked: str, said: str, **votes: int) -> dict[str, Any]:
@@ -161,6 +162,70 @@ LANGFUSE_WHOLE = Case(
         )
     ],
     [row("Hi", "Hello", True), row("Sum", "5", False)],
+)
+
+
+def annotated(task: int, asked: str, said: str, quality: str, by: int) -> dict[str, Any]:
+    beside = {"annotator": by, "annotation_id": 10 * by + task, "created_at": "x", "updated_at": "x", "lead_time": 2.0}
+    return {"id": task, "prompt": asked, "response": said, "quality": quality, **beside}
+
+
+# Two projects, whose tasks have the same ids.
+LABEL_STUDIO_PROJECTS = Case(
+    "labelstudio_min",
+    [
+        annotated(1, "Hi", "Hello", "good", 1),
+        annotated(1, "Sum", "5", "bad", 2),
+        annotated(2, "Tea?", "Mud", "bad", 1),
+        annotated(2, "Tea?", "Green", "good", 3),
+        annotated(1, "Hi", "Hello", "good", 3),
+    ],
+    [row("Hi", "Hello", True), row("Sum", "5", False), row("Tea?", "Mud", False), row("Tea?", "Green", True)],
+)
+# Two chatflows with the same session.
+FLOWISE_FLOWS = Case(
+    "flowise_db",
+    [
+        flowise(at, role, content, rating, chatflowid=flow)
+        for flow, at, role, content, rating in (
+            ("f", "2026-01-01", "userMessage", "Hi", None),
+            ("g", "2026-01-02", "userMessage", "Tea?", None),
+            ("f", "2026-01-03", "apiMessage", "Yo", "THUMBS_UP"),
+            ("g", "2026-01-04", "apiMessage", "Mud", "THUMBS_DOWN"),
+        )
+    ],
+    [row("Hi", "Yo", True), row("Tea?", "Mud", False)],
+)
+
+
+def dify(chat: str, at: int | None, before: str | None, asked: str, said: str, rating: str | None) -> dict[str, Any]:
+    return {**asked_dify(f"{chat}{said}", before, asked, said, rating), "conversation_id": chat, "created_at": at}
+
+
+# The API writes an id of zeros, and means the message before; so does a file without any id of a parent.
+DIFY_IN_TIME = Case(
+    "dify_messages",
+    [
+        dify("zeros", 1000, ZERO, "Tea?", "Mud", "dislike"),
+        dify("zeros", 999, ZERO, "Hi", "Yo", "like"),
+        dify("none", 1, None, "Hi", "Yo", None),
+        dify("none", 2, None, "Tea?", "Mud", "dislike"),
+        dify("none", 3, None, "Tea?", "Green", "like"),
+        dify("ids", 1, None, "Hi", "Yo", "like"),
+        dify("ids", 2, "idsYo", "Tea?", "Mud", None),
+        dify("ids", 3, ZERO, "Why?", "So", "dislike"),
+        dify("ids", 4, None, "Ice?", "No", "dislike"),
+    ],
+    [
+        TWO_TURNS[1],
+        row("Hi", "Yo", True),
+        TWO_TURNS[1],
+        row("user: Hi | assistant: Yo | user: Tea?", "Green", True),
+        row("Hi", "Yo", True),
+        row("user: Hi | assistant: Yo | user: Tea? | assistant: Mud | user: Why?", "So", False),
+        row("Ice?", "No", False),
+    ],
+    {UNRATED: 2},
 )
 
 JOIN_CASES = {name: case for name, case in dict(globals()).items() if isinstance(case, Case)}

@@ -34,7 +34,7 @@ from app_exports import (
     trace,
 )
 from app_exports import REFUSED as APP_REFUSED
-from join_exports import JOIN_CASES, ai_chat, flowise
+from join_exports import JOIN_CASES, ai_chat, dify, flowise
 from tool_exports import ASKED_HI, OBSERVATION, SAID_HELLO, TOOL_CASES, TOOL_REFUSED, blob_trace
 
 from offline_kto.kto_core.errors import KTOError
@@ -928,3 +928,14 @@ def test_counts_of_langsmith_that_are_none_are_refused(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "f.json", records))
     assert '"up" is 0.5' in message
     assert "number of votes" in message
+
+
+def test_messages_of_dify_without_a_parent_and_a_time_are_refused(tmp_path: Path) -> None:
+    records = [dify("c", None, ZERO, asked, said, "like") for asked, said in (("Hi", "Yo"), ("Tea?", "Mud"))]
+    message = refusal(write(tmp_path / "f.json", records))
+    assert "'created_at', which is missing" in message
+
+
+def test_a_task_of_label_studio_whose_prompt_is_not_clear_is_refused(tmp_path: Path) -> None:
+    records = [{**one, "question": "Or this?"} for one in CASES["LABEL_STUDIO_PROJECTS"].records]
+    assert "it is not clear which of the keys 'prompt', 'question'" in refusal(write(tmp_path / "f.csv", records))
