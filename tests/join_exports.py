@@ -228,4 +228,23 @@ DIFY_IN_TIME = Case(
     {UNRATED: 2},
 )
 
+
+def scored_trace(name: str, asked: str, said: str, *scores: dict[str, Any]) -> dict[str, Any]:
+    return {**trace(name, asked, said), "scores": [{"name": "thumb", "stringValue": None, **one} for one in scores]}
+
+
+# Scores of an observation, or of a session, are not those of the trace; those of the record itself are.
+LANGFUSE_SCORES = Case(
+    "langfuse",
+    [
+        scored_trace("1", "Hi", "Hello", {"value": 1, "observationId": None}, {"value": 0, "observationId": "o"}),
+        scored_trace("2", "Sum", "5", {"value": 0, "traceId": "2", "sessionId": "s"}, {"value": 1, "session_id": "s"}),
+        scored_trace("3", "So?", "No", {"value": 1, "observationId": "o", "traceId": "3"}),
+        scored_trace("4", "Tea?", "Mud", {"value": 1, "sessionId": "s", "traceId": None}),
+        scored_trace("o", "Why?", "So", {"value": 1, "observation_id": "o", "traceId": "1"}),
+    ],
+    [row("Hi", "Hello", True), row("Sum", "5", False), row("Why?", "So", True)],
+    {"scores of an observation or a session": 2},
+)
+
 JOIN_CASES = {name: case for name, case in dict(globals()).items() if isinstance(case, Case)}

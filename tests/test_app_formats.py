@@ -939,3 +939,12 @@ def test_messages_of_dify_without_a_parent_and_a_time_are_refused(tmp_path: Path
 def test_a_task_of_label_studio_whose_prompt_is_not_clear_is_refused(tmp_path: Path) -> None:
     records = [{**one, "question": "Or this?"} for one in CASES["LABEL_STUDIO_PROJECTS"].records]
     assert "it is not clear which of the keys 'prompt', 'question'" in refusal(write(tmp_path / "f.csv", records))
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_scores_of_langfuse_that_judge_something_else_are_named(tmp_path: Path, form: str) -> None:
+    records = CASES["LANGFUSE_SCORES"].records
+    (note,) = read(write(tmp_path / f"f.{form}", records))[3].notes()
+    assert note.startswith("4 records have scores of one of their observations, or of their session")
+    message = refusal(write(tmp_path / f"g.{form}", records[2:3]))
+    assert [word for word in ('observationId "o"', "export the observations") if word not in message] == []

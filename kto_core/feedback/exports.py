@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from offline_kto.kto_core.feedback.labels import has_no_value, number_in
+from offline_kto.kto_core.feedback.left_out import OTHER_SCORES, LeftOut
 from offline_kto.kto_core.feedback.messages import ROLES
 from offline_kto.kto_core.feedback.ordering import in_order
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -119,6 +120,44 @@ def scored(value: object) -> dict[str, object]:
     found = value if isinstance(value, dict) else {}
     reasons = {f"{name}_reason" for name in found}
     return {name: item for name, item in found.items() if item != "-" and name not in reasons}
+
+
+def own_scores(record: object) -> list[dict[str, object]]:
+    """Return the scores in a record of Langfuse's that judge it, by name and value.
+
+    Raises:
+        LeftOut: it has only scores of something else.
+    """
+    scores, others = _scores(record), other_scores(record)
+    if others and len(others) == len(scores):
+        key, name = _judged(others[0])
+        raise LeftOut(
+            OTHER_SCORES, f"{key} {quoted(name)}; export the observations with their scores, or score the traces"
+        )
+    return [
+        {"name": one["name"], "value": one.get("stringValue") or one.get("string_value") or one.get("value")}
+        for one in scores
+        if one not in others
+    ]
+
+
+def other_scores(record: object) -> list[dict[str, object]]:
+    """Return the scores in a record of Langfuse's that judge one of its observations, or its whole session."""
+    name = record.get("id") if isinstance(record, dict) else None
+    return [one for one in _scores(record) if _judged(one)[1] not in (None, name)]
+
+
+def _scores(record: object) -> list[dict[str, object]]:
+    scores = opened(record.get("scores")) if isinstance(record, dict) else None
+    return [one for one in scores if isinstance(one, dict) and one.get("name")] if isinstance(scores, list) else []
+
+
+def _judged(score: dict[str, object]) -> tuple[str, object]:
+    """Return the key and the id of the observation, the session or the experiment that a score judges; ("", None) for a trace."""
+    narrow = ("observationId", "observation_id")
+    wide = ("sessionId", "session_id", "datasetRunId", "dataset_run_id")
+    keys = narrow if score.get("traceId") or score.get("trace_id") else (*narrow, *wide)
+    return next(((key, score[key]) for key in keys if score.get(key)), ("", None))
 
 
 def nested(value: object) -> object:

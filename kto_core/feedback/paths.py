@@ -24,6 +24,8 @@ Functions in addition to JMESPath's own:
     pairs(list)                 messages from pairs of question and answer
     unescaped(text)             a cell without the apostrophe that Gradio adds
     dialogue(asked, said)       messages of user and assistant in alternation, from two lists of texts
+    own_scores(record)          the scores of a Langfuse record, without those of its observations and its session
+    other_scores(record)        those of its observations and its session
     threaded(messages)          Dify's messages, each with the id of the one before, also where that is a matter of time
     each_counted(object)        each key as often as its value says: {up: 2, down: 1} becomes [up, up, down]
     agreed(list)                its first value; refuses values of which one is up and another down
@@ -139,6 +141,14 @@ class _Functions(functions.Functions):
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_each_counted(self, value: Any) -> Any:
         return exports.each_counted(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_own_scores(self, value: Any) -> Any:
+        return exports.own_scores(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_other_scores(self, value: Any) -> Any:
+        return exports.other_scores(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_threaded(self, value: Any) -> Any:
