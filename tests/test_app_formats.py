@@ -948,3 +948,20 @@ def test_scores_of_langfuse_that_judge_something_else_are_named(tmp_path: Path, 
     assert note.startswith("4 records have scores of one of their observations, or of their session")
     message = refusal(write(tmp_path / f"g.{form}", records[2:3]))
     assert [word for word in ('observationId "o"', "export the observations") if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("LANGFUSE_SCORES", "jsonl"),
+        *((name, form) for name in ("LANGSMITH", "OPEN_WEBUI", "MLFLOW") for form in ("jsonl", "csv")),
+    ],
+)
+def test_a_record_of_another_format_is_not_called_unrated(tmp_path: Path, name: str, form: str) -> None:
+    case = CASES[name]
+    records = [*case.records, {"prompt": "plain", "completion": "row", "label": True}]
+    options = {"label_field": "thumb", **case.options} if name == "LANGFUSE_SCORES" else case.options
+    rows, left_out, _, feedback = read(write(tmp_path / f"f.{form}", records), **options)
+    assert rows == case.rows
+    assert left_out == {**case.left_out, "another format": 1}
+    assert '"prompt"' in feedback.found.left_out.rows[-1][2]

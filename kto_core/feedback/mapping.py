@@ -152,6 +152,8 @@ class Mapping:
         )
         try:
             return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
+        except LeftOut:  # it has a value, with nothing to train on
+            return True
         except FeedbackError:  # a function with an argument of another type
             return False
 
