@@ -255,8 +255,24 @@ DATA = [
         "Stanford Human Preferences",
         [
             {**SHP, "history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 4.0},
-            {**SHP, "history": "i", "human_ref_A": "c", "human_ref_B": "d", "labels": 0, "score_ratio": 2.0},
-            {**SHP, "history": "j", "human_ref_A": "e", "human_ref_B": "f", "labels": 0, "score_ratio": 1.5},
+            {
+                **SHP,
+                "history": "i",
+                "human_ref_A": "c",
+                "human_ref_B": "d",
+                "labels": 0,
+                "score_ratio": 2.0,
+                "score_A": 1,
+            },
+            {
+                **SHP,
+                "history": "j",
+                "human_ref_A": "e",
+                "human_ref_B": "f",
+                "labels": 0,
+                "score_ratio": 1.5,
+                "score_A": 1,
+            },
         ],
         [*pair("h", "a", "b"), *pair("i", "d", "c")],
         {NOT_CHOSEN: 1},
@@ -1784,3 +1800,34 @@ def test_a_column_of_media_without_any_leaves_no_row_out(tmp_path, container, co
 def test_a_key_of_media_of_a_message_without_any_leaves_no_row_out(tmp_path, value):
     record = {"messages": [{**user("q"), "images": value}, assistant("a")], "label": True}
     assert read(as_jsonl(tmp_path, [record]))[:2] == ([up("q", "a")], {})
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (
+            {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 50, "score_B": 2},
+            ("by 'labels', 'human_ref_B' is better", "'score_A' is 50 and 'score_B' is 2"),
+        ),
+        (
+            {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": 0.9},
+            ("by 'score_0', 'answer_0' is better", "'score_1' is 0.9"),
+        ),
+    ],
+    ids=["shp", "webgpt"],
+)
+def test_scores_that_contradict_the_better_answer_are_refused(tmp_path, container, record, words):
+    message = refusal(container(tmp_path, [record]))
+    assert [word for word in words if word not in message] == []
+
+
+def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_path):
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("prompt: q\npair: {chosen: good, rejected: bad, scores: [s.good, s.bad]}\n")
+    record = {"q": "Q?", "good": "a", "bad": "b", "s": {"good": "9", "bad": "10"}}
+    assert "'s.good' is 9 and 's.bad' is 10" in refusal(as_jsonl(tmp_path, [record]), map=str(mapping))
+    record["s"]["bad"] = 9
+    assert read(as_jsonl(tmp_path, [record]), map=str(mapping))[0] == pair("Q?", "a", "b")
+    mapping.write_text("prompt: q\npair: {chosen: good, rejected: bad, scores: [s.good]}\n")
+    assert "two scores" in refusal(as_jsonl(tmp_path, [record]), ConfigError, map=str(mapping))

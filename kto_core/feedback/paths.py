@@ -4,8 +4,11 @@
     "inputs.input"                         a key with a dot in its name
     scores[?name=='thumbs'] | [-1].value   the last score of that name
 
-Functions in addition to JMESPath's own:
+Functions in addition to JMESPath's own, or in place of them:
 
+    sort_by(list, &key)         the list in order: numbers, also as text, and times as such; refuses what has no clear order
+    max_by(list, &key)          its last value in that order
+    min_by(list, &key)          its first value in that order
     json(text)                  the value of a JSON text; any other value as it is
     entered(value)              like json; refuses lists and objects as Python prints them
     has(value, keys)            whether a value is an object with these keys
