@@ -1831,3 +1831,26 @@ def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_p
     assert read(as_jsonl(tmp_path, [record]), map=str(mapping))[0] == pair("Q?", "a", "b")
     mapping.write_text("prompt: q\npair: {chosen: good, rejected: bad, scores: [s.good]}\n")
     assert "two scores" in refusal(as_jsonl(tmp_path, [record]), ConfigError, map=str(mapping))
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("key", "votes", "words"),
+    [
+        (
+            "user_feedback",
+            ("up", "up"),
+            "'messages[].user_feedback' contradicts the label that was read in 1 of 2 rows",
+        ),
+        ("user_feedback", ("up", "down"), ""),
+        ("was_helpful", (False, True), "'messages[].was_helpful' contradicts the label that was read in 2 of 2 rows"),
+    ],
+)
+def test_votes_of_the_judged_message_that_contradict_the_label_are_named(tmp_path, container, key, votes, words):
+    records = [
+        {"messages": [user("q"), {**assistant("a"), key: vote}], "label": label}
+        for vote, label in zip(votes, (True, False), strict=True)
+    ]
+    notes = [note for note in read(container(tmp_path, records))[2].notes() if "contradicts" in note]
+    assert len(notes) == bool(words)
+    assert all(words in note and f"pass --label-field {key}" in note for note in notes)
