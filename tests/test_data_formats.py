@@ -1854,3 +1854,59 @@ def test_votes_of_the_judged_message_that_contradict_the_label_are_named(tmp_pat
     notes = [note for note in read(container(tmp_path, records))[2].notes() if "contradicts" in note]
     assert len(notes) == bool(words)
     assert all(words in note and f"pass --label-field {key}" in note for note in notes)
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"helpful": "yes", "toxic": "no"}, {"label_field": "{helpful: helpful, toxic: toxic}"}),
+        (
+            {"scores": [{"name": "toxicity", "value": 1}]},
+            {"label_field": "scores[?name=='toxicity'] | [0].value"},
+        ),
+        ({"toxicity": 0.9}, {"label_field": "toxicity", "rating_threshold": "0.5"}),
+        ({"toxicity": 5}, {"label_field": "toxicity", "rating_scale": "0:5"}),
+        *(
+            ({name: 1}, {"label_field": name})
+            for name in (
+                *(
+                    "not_useful",
+                    "is_not_helpful",
+                    "no good",
+                    "needs_fix",
+                    "reported",
+                    "escalated",
+                    "hallucination",
+                    "schlecht",
+                ),
+                *("unresolved", "toxic"),
+            )
+        ),
+        ({"meta": {"reported": 1}}, {"label_field": "meta.reported"}),
+    ],
+    ids=str,
+)
+def test_a_label_whose_name_is_that_of_what_is_bad_is_refused_on_every_route(tmp_path, container, record, options):
+    message = refusal(container(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)
+    assert "seems to name what is undesirable" in message
+    assert "up: [false]" in message if "helpful" in record else "--up" in message
+
+
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"helpful": 1, "not_toxic": 1}, {"label_field": "{helpful: helpful, safe: not_toxic}"}),
+        ({"scores": [{"name": "kind", "value": True}]}, {"label_field": "scores[?name=='kind'] | [0].value"}),
+        ({"toxic": False}, {"label_field": "toxic == `false`"}),
+        ({"toxicity": 0.1}, {"label_field": "toxicity", "up": "<0.5", "down": ">=0.5"}),
+        ({"kindness": 5}, {"label_field": "kindness", "rating_scale": "0:5"}),
+        *(
+            ({name: 1}, {"label_field": name})
+            for name in ("note_useful", "error_free", "network", "no_errors", "noteworthy")
+        ),
+    ],
+    ids=str,
+)
+def test_other_names_are_labels(tmp_path, record, options):
+    assert read(as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)[0] == [up("q", "a")]
