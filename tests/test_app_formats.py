@@ -35,6 +35,7 @@ from app_exports import (
     trace,
 )
 from app_exports import REFUSED as APP_REFUSED
+from join_exports import JOIN_CASES, ai_chat, dify, flowise
 from tool_exports import ASKED_HI, OBSERVATION, SAID_HELLO, TOOL_CASES, TOOL_REFUSED, blob_trace
 
 from offline_kto.kto_core.errors import KTOError
@@ -43,7 +44,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 from offline_kto.precompute.records.sources import read_records
 
-CASES = {**APP_CASES, **TOOL_CASES}
+CASES = {**APP_CASES, **TOOL_CASES, **JOIN_CASES}
 REFUSED = {**APP_REFUSED, **TOOL_REFUSED}
 
 
@@ -1017,3 +1018,56 @@ def test_the_parts_of_joined_messages_count_as_read(tmp_path: Path) -> None:
     )
     unused = read(write(tmp_path / "f.jsonl", case.records), **case.options)[3].unused_columns()
     assert "parts" not in unused
+
+
+@pytest.mark.parametrize("write_one", [flowise, ai_chat])
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_joined_messages_whose_order_is_not_clear_are_refused(tmp_path: Path, write_one: Any, form: str) -> None:
+    records = [write_one(at, role, "x") for at, role in (("2/1/2026 9:00", "user"), ("1/31/2026 9:00", "assistant"))]
+    message = refusal(write(tmp_path / f"f.{form}", records))
+    words = ("created", '"2/1/2026 9:00"', "two dates", "Write times as")
+    assert [word for word in words if word not in message] == []
+
+
+def test_counts_of_langsmith_that_are_none_are_refused(tmp_path: Path) -> None:
+    records = [{**CASES["LANGSMITH_COUNTS"].records[0], "feedback_stats": {"thumb": {"values": {"up": 0.5}}}}]
+    message = refusal(write(tmp_path / "f.json", records))
+    assert '"up" is 0.5' in message
+    assert "number of votes" in message
+
+
+def test_messages_of_dify_without_a_parent_and_a_time_are_refused(tmp_path: Path) -> None:
+    records = [dify("c", None, ZERO, asked, said, "like") for asked, said in (("Hi", "Yo"), ("Tea?", "Mud"))]
+    message = refusal(write(tmp_path / "f.json", records))
+    assert "'created_at', which is missing" in message
+
+
+def test_a_task_of_label_studio_whose_prompt_is_not_clear_is_refused(tmp_path: Path) -> None:
+    records = [{**one, "question": "Or this?"} for one in CASES["LABEL_STUDIO_PROJECTS"].records]
+    assert "it is not clear which of the keys 'prompt', 'question'" in refusal(write(tmp_path / "f.csv", records))
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_scores_of_langfuse_that_judge_something_else_are_named(tmp_path: Path, form: str) -> None:
+    records = CASES["LANGFUSE_SCORES"].records
+    (note,) = read(write(tmp_path / f"f.{form}", records))[3].notes()
+    assert note.startswith("4 records have scores of one of their observations, or of their session")
+    message = refusal(write(tmp_path / f"g.{form}", records[2:3]))
+    assert [word for word in ('observationId "o"', "export the observations") if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("LANGFUSE_SCORES", "jsonl"),
+        *((name, form) for name in ("LANGSMITH", "OPEN_WEBUI", "MLFLOW") for form in ("jsonl", "csv")),
+    ],
+)
+def test_a_record_of_another_format_is_not_called_unrated(tmp_path: Path, name: str, form: str) -> None:
+    case = CASES[name]
+    records = [*case.records, {"prompt": "plain", "completion": "row", "label": True}]
+    options = {"label_field": "thumb", **case.options} if name == "LANGFUSE_SCORES" else case.options
+    rows, left_out, _, feedback = read(write(tmp_path / f"f.{form}", records), **options)
+    assert rows == case.rows
+    assert left_out == {**case.left_out, "another format": 1}
+    assert '"prompt"' in feedback.found.left_out.rows[-1][2]

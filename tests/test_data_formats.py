@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
-from offline_kto.kto_core.feedback.left_out import EMPTY, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
+from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 
@@ -255,8 +255,24 @@ DATA = [
         "Stanford Human Preferences",
         [
             {**SHP, "history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 4.0},
-            {**SHP, "history": "i", "human_ref_A": "c", "human_ref_B": "d", "labels": 0, "score_ratio": 2.0},
-            {**SHP, "history": "j", "human_ref_A": "e", "human_ref_B": "f", "labels": 0, "score_ratio": 1.5},
+            {
+                **SHP,
+                "history": "i",
+                "human_ref_A": "c",
+                "human_ref_B": "d",
+                "labels": 0,
+                "score_ratio": 2.0,
+                "score_A": 1,
+            },
+            {
+                **SHP,
+                "history": "j",
+                "human_ref_A": "e",
+                "human_ref_B": "f",
+                "labels": 0,
+                "score_ratio": 1.5,
+                "score_A": 1,
+            },
         ],
         [*pair("h", "a", "b"), *pair("i", "d", "c")],
         {NOT_CHOSEN: 1},
@@ -1830,3 +1846,162 @@ def test_nesting_too_deep_to_be_copied_is_a_defect_of_its_row_in_a_mapped_file_t
     data = as_jsonl(tmp_path, records)
     assert f"{data.name}:1: the record is nested too deeply" in refusal(data, map=str(mapping))
     assert len(read(data, map=str(mapping), on_bad_row="skip")[0]) == 1
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_json], ids=name_of)
+def test_a_message_inside_a_list_beside_labels_of_messages_is_refused(tmp_path, container):
+    record = {"messages": [*turns("q", "a", "r"), [assistant("b")]], "labels": [True, False]}
+    assert "message 4 of 'messages'" in refusal(container(tmp_path, [record]))
+
+
+# The order as text is another one.
+@pytest.mark.parametrize("container", CONTAINERS, ids=name_of)
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "prompt": "\n\nHuman: q\n\nAssistant: ",
+            "answers": [{"answer": "b", "rank": "10"}, {"answer": "a", "rank": "9"}],
+        },
+        {
+            "context": [user("q")],
+            "completions": [
+                {"rank": "10", "completion": [assistant("b")]},
+                {"rank": "9", "completion": [assistant("a")]},
+            ],
+        },
+        {"question": "q", "answers": [{"text": "b", "pm_score": "9"}, {"text": "a", "pm_score": "10"}]},
+    ],
+    ids=["nectar", "nemo_rl", "stack_exchange_preferences"],
+)
+def test_ranks_that_are_text_are_numbers(tmp_path, container, record):
+    rows, left_out, _ = read(container(tmp_path, [record]))
+    assert [(row[0][-1], row[1]) for row in rows] == [("a", True), ("b", False)]
+    assert left_out == {}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize("column", ["images", "image", "audio", "attachments"])
+@pytest.mark.parametrize("value", ["[]", "None", " ", {"bytes": None, "path": None}, [{"path": None}], "[null]"])
+def test_a_column_of_media_without_any_leaves_no_row_out(tmp_path, container, column, value):
+    record = {"prompt": "q", "completion": "a", "label": True, column: value}
+    assert read(container(tmp_path, [record]))[:2] == ([up("q", "a")], {})
+    other = {**record, column: {"bytes": None, "path": "a.png"} if isinstance(value, dict) else "a.png"}
+    if not isinstance(value, list):
+        assert read(container(tmp_path, [record, other]))[1] == {MEDIA: 1}
+
+
+@pytest.mark.parametrize("value", ["[]", "None", {"bytes": None, "path": None}, [None]], ids=str)
+def test_a_key_of_media_of_a_message_without_any_leaves_no_row_out(tmp_path, value):
+    record = {"messages": [{**user("q"), "images": value}, assistant("a")], "label": True}
+    assert read(as_jsonl(tmp_path, [record]))[:2] == ([up("q", "a")], {})
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (
+            {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 0, "score_A": 50, "score_B": 2},
+            ("by 'labels', 'human_ref_B' is better", "'score_A' is 50 and 'score_B' is 2"),
+        ),
+        (
+            {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": 0.9},
+            ("by 'score_0', 'answer_0' is better", "'score_1' is 0.9"),
+        ),
+    ],
+    ids=["shp", "webgpt"],
+)
+def test_scores_that_contradict_the_better_answer_are_refused(tmp_path, container, record, words):
+    message = refusal(container(tmp_path, [record]))
+    assert [word for word in words if word not in message] == []
+
+
+def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_path):
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text("prompt: q\npair: {chosen: good, rejected: bad, scores: [s.good, s.bad]}\n")
+    record = {"q": "Q?", "good": "a", "bad": "b", "s": {"good": "9", "bad": "10"}}
+    assert "'s.good' is 9 and 's.bad' is 10" in refusal(as_jsonl(tmp_path, [record]), map=str(mapping))
+    record["s"]["bad"] = 9
+    assert read(as_jsonl(tmp_path, [record]), map=str(mapping))[0] == pair("Q?", "a", "b")
+    mapping.write_text("prompt: q\npair: {chosen: good, rejected: bad, scores: [s.good]}\n")
+    assert "two scores" in refusal(as_jsonl(tmp_path, [record]), ConfigError, map=str(mapping))
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("key", "votes", "words"),
+    [
+        (
+            "user_feedback",
+            ("up", "up"),
+            "'messages[].user_feedback' contradicts the label that was read in 1 of 2 rows",
+        ),
+        ("user_feedback", ("up", "down"), ""),
+        ("was_helpful", (False, True), "'messages[].was_helpful' contradicts the label that was read in 2 of 2 rows"),
+    ],
+)
+def test_votes_of_the_judged_message_that_contradict_the_label_are_named(tmp_path, container, key, votes, words):
+    records = [
+        {"messages": [user("q"), {**assistant("a"), key: vote}], "label": label}
+        for vote, label in zip(votes, (True, False), strict=True)
+    ]
+    notes = [note for note in read(container(tmp_path, records))[2].notes() if "contradicts" in note]
+    assert len(notes) == bool(words)
+    assert all(words in note and f"pass --label-field {key}" in note for note in notes)
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"helpful": "yes", "toxic": "no"}, {"label_field": "{helpful: helpful, toxic: toxic}"}),
+        (
+            {"scores": [{"name": "toxicity", "value": 1}]},
+            {"label_field": "scores[?name=='toxicity'] | [0].value"},
+        ),
+        ({"toxicity": 0.9}, {"label_field": "toxicity", "rating_threshold": "0.5"}),
+        ({"toxicity": 5}, {"label_field": "toxicity", "rating_scale": "0:5"}),
+        *(
+            ({name: 1}, {"label_field": name})
+            for name in (
+                *(
+                    "not_useful",
+                    "is_not_helpful",
+                    "no good",
+                    "needs_fix",
+                    "reported",
+                    "escalated",
+                    "hallucination",
+                    "schlecht",
+                ),
+                *("unresolved", "toxic"),
+            )
+        ),
+        ({"meta": {"reported": 1}}, {"label_field": "meta.reported"}),
+    ],
+    ids=str,
+)
+def test_a_label_whose_name_is_that_of_what_is_bad_is_refused_on_every_route(tmp_path, container, record, options):
+    message = refusal(container(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)
+    assert "seems to name what is undesirable" in message
+    assert "up: [false]" in message if "helpful" in record else "--up" in message
+
+
+@pytest.mark.parametrize(
+    ("record", "options"),
+    [
+        ({"helpful": 1, "not_toxic": 1}, {"label_field": "{helpful: helpful, safe: not_toxic}"}),
+        ({"scores": [{"name": "kind", "value": True}]}, {"label_field": "scores[?name=='kind'] | [0].value"}),
+        ({"toxic": False}, {"label_field": "toxic == `false`"}),
+        ({"toxicity": 0.1}, {"label_field": "toxicity", "up": "<0.5", "down": ">=0.5"}),
+        ({"kindness": 5}, {"label_field": "kindness", "rating_scale": "0:5"}),
+        *(
+            ({name: 1}, {"label_field": name})
+            for name in ("note_useful", "error_free", "network", "no_errors", "noteworthy")
+        ),
+    ],
+    ids=str,
+)
+def test_other_names_are_labels(tmp_path, record, options):
+    assert read(as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)[0] == [up("q", "a")]

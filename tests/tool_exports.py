@@ -368,7 +368,7 @@ def stored_part(chat: str, role: str, text: str, vote: bool | None = None, *more
     parts = [*more, {"type": "text", "text": text}]
     time = "2026-01-02" if text in ("Tea?", "Mud") else "2026-01-01"
     return {
-        "id": "m",
+        "id": f"{chat}{role}{text}",
         "chatId": chat,
         "createdAt": time,
         "role": role,

@@ -87,18 +87,32 @@ def join_sides(prompt: Turns, answers: Sequence[tuple[str, Turns]], where: str) 
         prompt text       the completion is what follows the last message that is neither the assistant's nor
                           a tool's; before it one of the user's messages must be the prompt
 
-    Answers that are text are never cut: they may repeat the question.
+    Answers that are text are never cut: they may repeat the question. A prompt of messages that ends with one of the
+    answers, as logs of whole conversations do, is cut before it.
 
     Raises:
         FeedbackError: a conversation that does not repeat the prompt, or answers to different prompts.
     """
     if isinstance(prompt, str) and all(isinstance(answer, str) for _, answer in answers):
         return prompt, tuple(answer for _, answer in answers)
+    for _, answer in answers:
+        prompt = _before_answer(prompt, said("assistant", answer))
     pairs = [_cut_prompt(prompt, answer, where, field) for field, answer in answers]
     prompts = [begin for begin, _ in pairs]
     if any(begin != prompts[0] for begin in prompts):
         raise FeedbackError(f"{where}: 'chosen' and 'rejected' answer different prompts. Let both answer the same one.")
     return prompts[0], tuple(completion for _, completion in pairs)
+
+
+def _before_answer(prompt: Turns, answered: tuple[Message, ...]) -> Turns:
+    """Return the messages of a prompt before an answer that it ends with; any other prompt as it is."""
+    size = len(answered)
+    if isinstance(prompt, str) or size >= len(prompt) or any(m["role"] not in ("assistant", "tool") for m in answered):
+        return prompt
+    ends = [
+        [(m["role"], m["content"].strip(), m.get("tool_calls")) for m in side] for side in (prompt[-size:], answered)
+    ]
+    return prompt[:-size] if ends[0] == ends[1] and prompt[-size - 1]["role"] in ("user", "tool") else prompt
 
 
 def _cut_prompt(

@@ -9,7 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from offline_kto.kto_core.feedback.labels import has_no_value, number_in
+from offline_kto.kto_core.feedback.left_out import OTHER_SCORES, LeftOut
 from offline_kto.kto_core.feedback.messages import ROLES
+from offline_kto.kto_core.feedback.ordering import in_order
+from offline_kto.kto_core.feedback.quoting import quoted
 
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
@@ -40,6 +44,10 @@ _SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
 # Keys whose value may be an object with the text inside; objects under other keys are settings.
 _OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
 _DESCRIBE: Final = "describe the file with --map FILE, or pass --prompt-field, --completion-field and --label-field"
+# More votes than one answer gets; they are listed one by one.
+_MOST_COUNTED: Final = 1_000_000
+# How Dify writes that a message has no parent.
+NIL: Final = "00000000-0000-0000-0000-000000000000"
 _SEGMENT = re.compile(r"\[[^\]]*\]|[^.]+")
 _JSON_START = re.compile(r"\s*[\[{]")
 _PYTHON_START = re.compile(r"\s*(?:\[\s*)?[\[{]\s*'|\s*array\(")
@@ -112,6 +120,44 @@ def scored(value: object) -> dict[str, object]:
     found = value if isinstance(value, dict) else {}
     reasons = {f"{name}_reason" for name in found}
     return {name: item for name, item in found.items() if item != "-" and name not in reasons}
+
+
+def own_scores(record: object) -> list[dict[str, object]]:
+    """Return the scores in a record of Langfuse's that judge it, by name and value.
+
+    Raises:
+        LeftOut: it has only scores of something else.
+    """
+    scores, others = _scores(record), other_scores(record)
+    if others and len(others) == len(scores):
+        key, name = _judged(others[0])
+        raise LeftOut(
+            OTHER_SCORES, f"{key} {quoted(name)}; export the observations with their scores, or score the traces"
+        )
+    return [
+        {"name": one["name"], "value": one.get("stringValue") or one.get("string_value") or one.get("value")}
+        for one in scores
+        if one not in others
+    ]
+
+
+def other_scores(record: object) -> list[dict[str, object]]:
+    """Return the scores in a record of Langfuse's that judge one of its observations, or its whole session."""
+    name = record.get("id") if isinstance(record, dict) else None
+    return [one for one in _scores(record) if _judged(one)[1] not in (None, name)]
+
+
+def _scores(record: object) -> list[dict[str, object]]:
+    scores = opened(record.get("scores")) if isinstance(record, dict) else None
+    return [one for one in scores if isinstance(one, dict) and one.get("name")] if isinstance(scores, list) else []
+
+
+def _judged(score: dict[str, object]) -> tuple[str, object]:
+    """Return the key and the id of the observation, the session or the experiment that a score judges; ("", None) for a trace."""
+    narrow = ("observationId", "observation_id")
+    wide = ("sessionId", "session_id", "datasetRunId", "dataset_run_id")
+    keys = narrow if score.get("traceId") or score.get("trace_id") else (*narrow, *wide)
+    return next(((key, score[key]) for key in keys if score.get(key)), ("", None))
 
 
 def nested(value: object) -> object:
@@ -410,6 +456,73 @@ def _text_at(found: Mapping[str, Any], names: tuple[str, ...], what: str) -> obj
         return None
     shown = ", ".join(repr(name) for name in [*(known or there)][:8])
     raise ValueError(f"it is not clear which of the keys {shown} has the {what}; {_DESCRIBE}")
+
+
+def each_counted(value: object) -> list[str]:
+    """Return each key of an object of counts as often as its value says: the votes that were counted.
+
+    Raises:
+        ValueError: a value that is no count.
+    """
+    found = opened(value)
+    votes: list[str] = []
+    for key, count in found.items() if isinstance(found, dict) else ():
+        number = number_in(count)
+        if number is None or not number.is_integer() or not 0 <= number <= _MOST_COUNTED:
+            raise ValueError(f"{quoted(key)} is {quoted(count)}, which is no number of votes")
+        votes += [key] * int(number)
+    return votes
+
+
+def threaded(messages: object) -> list[dict[str, Any]]:
+    """Return the messages of a conversation of Dify's with the id of the message before each as `parent_message_id`.
+
+    The API writes an id of zeros, which stands for the message before in time; without any id, that is meant too. Beside
+    ids, a message without one begins a thread of its own, as a first question that was edited.
+
+    Raises:
+        ValueError: the times of such messages are not known.
+    """
+    found = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    parents = [one.get("parent_message_id") or None for one in found]
+    if all(parent not in (None, NIL) for parent in parents):
+        return found
+    if len({one.get("id") for one in found}) > 1 and _needs_times(found, parents):
+        if any(has_no_value(one.get("created_at")) for one in found):
+            raise ValueError(
+                "messages without 'parent_message_id' are in the order of 'created_at', which is missing. Export it, or give each "
+                "message the id of the one before"
+            )
+        keys = in_order([one["created_at"] for one in found])
+        in_time = [found[number] for number in sorted(range(len(found)), key=keys.__getitem__)]
+    else:
+        in_time = found[:1]
+    before = _messages_before(in_time)
+    is_flat = all(parent is None for parent in parents)
+    return [
+        {**one, "parent_message_id": before.get(one.get("id")) if parent == NIL or is_flat else parent}
+        for one, parent in zip(found, parents, strict=True)
+    ]
+
+
+def _needs_times(messages: list[dict[str, Any]], parents: list[object]) -> bool:
+    """Return whether it depends on the time what comes before a message without a parent."""
+    unknown = sum(parent in (None, NIL) for parent in parents)
+    return unknown > 1 or (NIL in parents and all(not has_no_value(one.get("created_at")) for one in messages))
+
+
+def _messages_before(messages: list[dict[str, Any]]) -> dict[object, object]:
+    """Return the id of the message before each; answers to the same question follow the same message."""
+    before: dict[object, object] = {}
+    last: dict[str, Any] | None = None
+    for one in messages:
+        name = one.get("id")
+        if last is not None and name != last.get("id"):
+            is_other_answer = one.get("query") == last.get("query")
+            before.setdefault(name, before.get(last.get("id")) if is_other_answer else last.get("id"))
+        before.setdefault(name, None)
+        last = one
+    return before
 
 
 def gathered(values: object) -> dict[str, list[object]]:

@@ -122,6 +122,11 @@ def _rows(
     fields: FeedbackFields,
 ) -> Judged:
     rows: Judged = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping):
+            raise FeedbackError(
+                f"{where}: message {number} of '{name}' must be an object if messages have labels, got {quoted(turn)}."
+            )
     keys = {field, *(route[0] for one in turns if isinstance(one, Mapping) for route in _routes(one, fields))}
     unknown: list[UnknownLabelError] = []
     for number, value in enumerate(verdicts):
@@ -152,6 +157,5 @@ def _routes(message: Mapping[str, object], fields: FeedbackFields) -> Iterable[S
     return () if fields.label is None else fields.label.routes(message)
 
 
-def _without(message: object, keys: Collection[str]) -> Message:
-    assert isinstance(message, Mapping)
+def _without(message: Mapping[str, object], keys: Collection[str]) -> Message:
     return {key: value for key, value in message.items() if key not in keys}

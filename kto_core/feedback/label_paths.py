@@ -1,7 +1,7 @@
 """Find the label of a record: at a path, in numbers of votes, among several scores, or one for each objective."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +105,19 @@ class LabelPaths:
             found = data[name] if self.path is None or name in data else self.path.find(data, where)
             return judge(self.rule, opened(found), where, name)
         return judge(self.rule, scores.get(name), where, name)
+
+    def read_copies(self, copies: Sequence[Mapping[str, Any]], where: str) -> Reading:
+        """Return what is read of a row that is there several times, once for each of its votes. Equal copies are one vote."""
+        if self.path is None or self.scores is not None:
+            return self.read(next((one for one in copies if self.has_value(one, where)), copies[0]), where)
+        voted = [one for number, one in enumerate(copies) if one not in copies[:number] and self.has_value(one, where)]
+        if len(voted) < 2:
+            return self.read([*voted, *copies][0], where)
+        values = [one for copy in voted for one in _each(self.path.open(copy, where))]
+        try:
+            return judge(self.rule, values, where, self.path.text)
+        except UnknownLabelError as error:
+            raise error.about(self.path.read_key(voted[0])) from None
 
     def names(self, scores: Collection[str]) -> list[str]:
         """Return the names of the scores that are read; several are objectives.

@@ -265,6 +265,38 @@ def has_no_value(value: object) -> bool:
     return isinstance(value, list | tuple | dict) and not value
 
 
+def holds(value: object) -> bool:
+    """Return whether a condition is true, or a column has any content; of a list whether one of its values does.
+
+    Tables write what is false, and what is empty, as text: "[]", "false". An object must have a value, whatever it is.
+    """
+    found = _unwritten(value)
+    if isinstance(found, list | tuple):
+        return any(map(holds, found))
+    if isinstance(found, Mapping):
+        return not _is_blank(found)
+    return not has_no_value(found) and bool(found) and not (isinstance(found, str) and found.strip().lower() == "false")
+
+
+def _is_blank(value: object) -> bool:
+    found = _unwritten(value)
+    if isinstance(found, list | tuple):
+        return all(map(_is_blank, found))
+    if isinstance(found, Mapping):
+        return all(map(_is_blank, found.values()))
+    return has_no_value(found) or found == b""
+
+
+def _unwritten(value: object) -> object:
+    """Return the list or the object in a JSON text; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def is_tie(value: object) -> bool:
     """Return whether a verdict on two answers prefers neither: "tie (bothbad)", "equal", a number in between."""
     number = number_in(value)

@@ -21,6 +21,8 @@ EMPTY_RECORD = "empty record"
 MISSING_TURNS = "missing messages"
 NOT_ASSISTANT = "judged turn of another role"
 OTHER_SPLIT = "another split"
+OTHER_FORMAT = "another format"
+OTHER_SCORES = "scores of an observation or a session"
 DEFECTIVE = "defective"
 
 

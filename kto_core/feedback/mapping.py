@@ -16,7 +16,7 @@ from offline_kto.kto_core.feedback.columns import PAIR_RATINGS
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.judging import WEIGHT, weight_in
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
-from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie
+from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, is_tie, number_in
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
@@ -38,12 +38,14 @@ class PairPaths:
         first, second: chosen and rejected, or a and b.
         better: to the value that names the better one; None for chosen and rejected.
         rule: up for a, down for b.
+        scores: to the scores of a and of b, which must not contradict `better`; none without them.
     """
 
     first: Path
     second: Path
     better: Path | None
     rule: LabelRule
+    scores: tuple[Path, ...] = ()
 
     @property
     def ratings(self) -> tuple[str, ...]:
@@ -56,11 +58,26 @@ class PairPaths:
 
         Raises:
             LeftOut: neither is better.
+            FeedbackError: the other one has the higher score.
             UnknownLabelError: `better` is neither a nor b, nor a tie.
         """
         a_is_better = True if self.better is None else self._a_is_better(self.better, data, where)
+        if self.scores:
+            self._check_scores(a_is_better, data, where)
         first, second = self.first.find(data, where), self.second.find(data, where)
         return (first, second) if a_is_better else (second, first)
+
+    def _check_scores(self, a_is_better: bool, data: Record, where: str) -> None:
+        a, b = (number_in(path.find(data, where)) for path in self.scores)
+        if a is None or b is None or a == b or (a > b) is a_is_better:
+            return
+        of_a, of_b = (path.text for path in self.scores)
+        better, worse = (self.first.text, self.second.text) if a_is_better else (self.second.text, self.first.text)
+        verdict = "" if self.better is None else f"by '{self.better.text}', "
+        raise FeedbackError(
+            f"{where}: {verdict}'{better}' is better than '{worse}', but '{of_a}' is {a:g} and '{of_b}' is {b:g}. Correct one of them, or "
+            "remove the row."
+        )
 
     def _a_is_better(self, better: Path, data: Record, where: str) -> bool:
         value = better.find(data, where)
@@ -80,7 +97,8 @@ class JudgedTurns:
 
     Attributes:
         messages: to the list of turns, or to an object of them.
-        id, parent: of a turn, if the turns are a tree; without them they are a list.
+        id, parent: of a turn, if the turns are a tree; without them they are a list. In records that are joined, `id` alone says
+            which of them are one message.
         rated: to the id (or the number, from 0) of the only judged turn, in the record.
         role, text: of a turn.
         roles: roles by the file's own values of `role`.
@@ -164,6 +182,8 @@ class Mapping:
         )
         try:
             return any(path is not None and path.find(record, where) not in (None, []) for path in firsts)
+        except LeftOut:  # it has a value, with nothing to train on
+            return True
         except FeedbackError:  # a function with an argument of another type
             return False
 

@@ -12,6 +12,7 @@
       better: winner
       a_when: [model_a]
       b_when: [model_b]
+      scores: [score_a, score_b]    of the two; a row in which they contradict `better` is refused
     turns: ...                      a conversation with judged turns; see `JudgedTurns`
     label:                          a path, or
       path: rating
@@ -204,12 +205,17 @@ def _pair(value: object, source: str) -> PairPaths | None:
     keys = _Keys(value, source)
     paths = {name: keys.path(name) for name in ("chosen", "rejected", "a", "b", "better")}
     rule = _rule(keys.values("a_when"), keys.values("b_when"), REFUSE, source)
+    scores = tuple(compiled(str(one), f"{source}: scores") for one in keys.values("scores"))
     keys.finish()
+    if len(scores) not in (0, 2):
+        raise ConfigError(
+            f"{source}: scores: the paths of two scores, of a and of b, got {quoted([one.text for one in scores])}."
+        )
     chosen, rejected, a, b, better = paths.values()
     if chosen is not None and rejected is not None and (a, b, better) == (None, None, None):
-        return PairPaths(chosen, rejected, None, rule)
+        return PairPaths(chosen, rejected, None, rule, scores)
     if a is not None and b is not None and better is not None and (chosen, rejected) == (None, None) and rule.up:
-        return PairPaths(a, b, better, rule)
+        return PairPaths(a, b, better, rule, scores)
     raise ConfigError(f"{source}: give chosen and rejected, or a, b, better, a_when and b_when.")
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeAlias, TypeGuard
 
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
 from offline_kto.kto_core.feedback.message_text import begins_with_roles, misread_messages
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -322,7 +323,7 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
         yield from _steps(given, where, what)
         return
     for key in MEDIA_KEYS:
-        if given.get(key):
+        if holds(given.get(key)):
             raise LeftOut(MEDIA, f"'{key}' of {what}")
     role = _take(given, _ROLE_KEYS)
     if not isinstance(role, str):

@@ -4,8 +4,11 @@
     "inputs.input"                         a key with a dot in its name
     scores[?name=='thumbs'] | [-1].value   the last score of that name
 
-Functions in addition to JMESPath's own:
+Functions in addition to JMESPath's own, or in place of them:
 
+    sort_by(list, &key)         the list in order: numbers, also as text, and times as such; refuses what has no clear order
+    max_by(list, &key)          its last value in that order
+    min_by(list, &key)          its first value in that order
     json(text)                  the value of a JSON text; any other value as it is
     entered(value)              like json; refuses lists and objects as Python prints them
     has(value, keys)            whether a value is an object with these keys
@@ -24,6 +27,10 @@ Functions in addition to JMESPath's own:
     pairs(list)                 messages from pairs of question and answer
     unescaped(text)             a cell without the apostrophe that Gradio adds
     dialogue(asked, said)       messages of user and assistant in alternation, from two lists of texts
+    own_scores(record)          the scores of a Langfuse record, without those of its observations and its session
+    other_scores(record)        those of its observations and its session
+    threaded(messages)          Dify's messages, each with the id of the one before, also where that is a matter of time
+    each_counted(object)        each key as often as its value says: {up: 2, down: 1} becomes [up, up, down]
     agreed(list)                its first value; refuses values of which one is up and another down
     rounds(messages, n)         the messages up to the n-th of the assistant; all if n is null
 
@@ -37,7 +44,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jmespath
-from jmespath import functions, parser
+from jmespath import functions, visitor
 from jmespath.exceptions import (
     EmptyExpressionError,
     IncompleteExpressionError,
@@ -51,11 +58,25 @@ from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
 from offline_kto.kto_core.feedback import exports
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
+from offline_kto.kto_core.feedback.ordering import in_order
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.reads import Route, routes
 
 
 class _Functions(functions.Functions):
+    # JMESPath's own, which compare numbers that are written as text, and times, as text.
+    @functions.signature({"types": ["array"]}, {"types": ["expref"]})  # type: ignore[untyped-decorator]
+    def _func_sort_by(self, values: list[Any], key: Any) -> list[Any]:
+        return _sorted(values, key)
+
+    @functions.signature({"types": ["array"]}, {"types": ["expref"]})  # type: ignore[untyped-decorator]
+    def _func_max_by(self, values: list[Any], key: Any) -> Any:
+        return next(reversed(_sorted(values, key)), None)
+
+    @functions.signature({"types": ["array"]}, {"types": ["expref"]})  # type: ignore[untyped-decorator]
+    def _func_min_by(self, values: list[Any], key: Any) -> Any:
+        return next(iter(_sorted(values, key)), None)
+
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_json(self, value: Any) -> Any:
         if not isinstance(value, str):
@@ -121,6 +142,22 @@ class _Functions(functions.Functions):
         return next((value for value in values if not has_no_value(value)), None)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_each_counted(self, value: Any) -> Any:
+        return exports.each_counted(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_own_scores(self, value: Any) -> Any:
+        return exports.own_scores(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_other_scores(self, value: Any) -> Any:
+        return exports.other_scores(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
+    def _func_threaded(self, value: Any) -> Any:
+        return exports.threaded(value)
+
+    @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_gathered(self, value: Any) -> Any:
         return exports.gathered(value)
 
@@ -167,7 +204,25 @@ def _message(role: str, content: object) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-_OPTIONS = jmespath.Options(custom_functions=_Functions())
+def _sorted(values: list[Any], key: Any) -> list[Any]:
+    """Return values in the order of what an expression finds in each of them."""
+    keys = in_order([key.visit(key.expression, one) for one in values])
+    return [values[number] for number in sorted(range(len(values)), key=keys.__getitem__)]
+
+
+class _Interpreter(visitor.TreeInterpreter):
+    """Evaluates expressions; values are compared as `in_order` says."""
+
+    def visit_comparator(self, node: dict[str, Any], value: Any) -> Any:
+        if node["value"] in ("eq", "ne"):
+            return super().visit_comparator(node, value)
+        sides = [self.visit(child, value) for child in node["children"]]
+        if not all(isinstance(one, int | float | str) and not has_no_value(one) for one in sides):
+            return None
+        return self.COMPARATOR_FUNC[node["value"]](*in_order(sides))
+
+
+_INTERPRETER = _Interpreter(jmespath.Options(custom_functions=_Functions()))
 
 
 class Path:
@@ -195,7 +250,7 @@ class Path:
             ) from None
         if (unknown := _unknown_call(parsed)) is not None:
             raise ConfigError(f"{source}: {quoted(text)}: {unknown}")
-        self._compiled = parser.ParsedResult(text, _opening(parsed))
+        self._parsed = _opening(parsed)
         self._key = text if text.isidentifier() else None
 
     def find(self, record: Mapping[str, object], where: str) -> Any:
@@ -207,7 +262,7 @@ class Path:
         if self._key is not None:  # most paths are the name of a key
             return record.get(self._key)
         try:
-            return self._compiled.search(record, _OPTIONS)
+            return _INTERPRETER.visit(self._parsed, record)
         except ValueError as error:  # JMESPath's own errors, and those of the functions above
             raise FeedbackError(
                 f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_failure(error)}."
@@ -229,7 +284,7 @@ class Path:
 
     def routes(self, record: Mapping[str, object]) -> set[Route]:
         """Return the routes that the expression reads in a record."""
-        return {(self._key,)} if self._key is not None else routes(self._compiled.parsed, record)
+        return {(self._key,)} if self._key is not None else routes(self._parsed, record)
 
     def read_key(self, record: Mapping[str, object]) -> str | None:
         """Return the key of which an expression with alternatives takes the value; None if it is not clear."""

@@ -94,6 +94,10 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
     if name == "under":
         prefix = nodes[1].get("value")
         return {(one,) for one in record if isinstance(prefix, str) and one.startswith(prefix)}
+    if name == "own_scores":
+        return {("scores",)}
+    if name == "threaded":
+        return first | {("created_at",)}
     if name == "submitted":
         return {("responses",), ("status",)}
     chosen = {

@@ -48,6 +48,7 @@ from offline_kto.kto_core.feedback.json_values import canonical_json, check_text
 from offline_kto.kto_core.feedback.judged_labels import is_unrated, judged_row, row_weight
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.judging import Reading, of_label
+from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import (
@@ -189,7 +190,7 @@ def _rows(
     record: Mapping[str, object], present: Mapping[str, object], calls: str | None, where: str, fields: FeedbackFields
 ) -> list[FeedbackRow]:
     for name in MEDIA_COLUMNS:
-        if present.get(name):
+        if holds(present.get(name)):
             raise LeftOut(MEDIA, f"'{name}'")
     tools = tools_in(present.get("tools"), where)
     kwargs = template_kwargs_in(present.get("chat_template_kwargs"), where)

@@ -1,20 +1,14 @@
 """Find the judged turns of a conversation, and the turns before each of them, in a list or a tree."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import has_no_value, number_in
-from offline_kto.kto_core.feedback.left_out import (
-    MISSING_TURNS,
-    NOT_ASSISTANT,
-    NOT_CHOSEN,
-    TIE,
-    UNRATED,
-    LeftOut,
-)
+from offline_kto.kto_core.feedback.labels import holds, number_in
+from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
@@ -58,7 +52,8 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         found = True
         try:
-            label = turns.label.read(turn if turns.rated is None else record, where)
+            copies = conversation.copies[number] if turns.rated is None else [record]
+            label = turns.label.read_copies(copies, where)
             judged = list(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
             if not before:
@@ -116,7 +111,12 @@ def _ranked_pairs(
 
 
 class _Conversation:
-    """The turns of a record."""
+    """The turns of a record.
+
+    Attributes:
+        turns: each message once.
+        copies: of each turn, all that have its id in records that are joined: one message may have several votes.
+    """
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
@@ -127,15 +127,32 @@ class _Conversation:
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise FeedbackError(f"{where}: {turns.messages.source}: must be a list of turns, got {quoted(found)}.")
         self.turns: list[dict[str, Any]] = []
+        self.copies: list[list[dict[str, Any]]] = []
         # Position of the turn that comes before each: None at the beginning, _MISSING if it is not in the record.
         self._before: list[int | None] = []
         if turns.children is not None:
             self._walk(found, turns.children)
+            self.copies = [[one] for one in self.turns]
         else:
-            self.turns = found
+            found = (
+                self._copies(found) if mapping.join is not None and turns.id is not None else [[one] for one in found]
+            )
+            self.turns, self.copies = [one[0] for one in found], found
             self._before = list(self._parents())
             if all(one is None for one in self._before) and self._alternate():
-                self._before = _in_order(found)  # written before the program had trees
+                self._before = _in_order(self.turns)  # written before the program had trees
+
+    def _copies(self, turns: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        """Return the turns in groups of the same message: the same id, role and text."""
+        assert self._spec.id is not None
+        found: dict[str, list[dict[str, Any]]] = {}
+        for number, turn in enumerate(turns):
+            key = self._spec.id.find(turn, self._where)
+            texts = turn if self._spec.text is None else {"text": self._spec.text.find(turn, self._where)}
+            said = [texts.get(name) for name in (*TEXT_KEYS, "parts")]
+            same = [number] if key is None else [key, self._spec.role.find(turn, self._where), said]
+            found.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(turn)
+        return [*found.values()]
 
     def _walk(self, roots: list[dict[str, Any]], children: Path) -> None:
         """Collect the turns of a tree, each before those that follow it."""
@@ -222,7 +239,7 @@ class _Conversation:
     def message(self, turn: Record) -> tuple[Message, ...]:
         """Return a turn as messages."""
         for reason, path in self._spec.leave_out:
-            if _holds(path.find(turn, self._where)):
+            if holds(path.find(turn, self._where)):
                 raise LeftOut(reason, path.text)
         kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
         kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
@@ -232,7 +249,7 @@ class _Conversation:
         else:
             names = (*TEXT_KEYS, "parts")
             kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
-            kept |= {name: turn[name] for name in MEDIA_KEYS if _holds(turn.get(name))}
+            kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns
@@ -258,14 +275,6 @@ def _parts(value: object) -> object:
     found = opened(value)
     are_parts = isinstance(found, list) and bool(found) and all(isinstance(p, dict) and "type" in p for p in found)
     return found if are_parts else value
-
-
-def _holds(value: object) -> bool:
-    """Return whether a condition is true, of a list whether any is; tables write false values as text: "[]", "false"."""
-    found = opened(value)
-    if isinstance(found, list):
-        return any(map(_holds, found))
-    return not has_no_value(found) and bool(found) and not (isinstance(found, str) and found.strip().lower() == "false")
 
 
 def _key(value: object) -> object:

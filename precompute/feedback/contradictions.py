@@ -3,10 +3,12 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from offline_kto.kto_core.feedback.columns import CONVERSATIONS
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.precompute.records.feedback_columns import is_turned_round, is_undesirable, reversed_options
@@ -24,6 +26,7 @@ _SIMILAR: Final = re.compile(
     re.IGNORECASE,
 )
 _IDENTIFIES: Final = re.compile(r"[_.-](?:ids?|date|at|time|timestamp|by|counts?|reason|type|source)$", re.IGNORECASE)
+_OF_MESSAGES: Final = "[]."
 # Numbers with more different values are no scale on which a middle is known.
 _MOST_VALUES = 12
 
@@ -41,6 +44,16 @@ def is_verdict(name: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _verdicts_among(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(filter(is_verdict, names))
+
+
+def _verdicts_in(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield the columns that look like a verdict, and such keys of the judged message, as "messages[].user_feedback"."""
+    yield from ((name, record[name]) for name in _verdicts_among(tuple(record)))
+    for column in CONVERSATIONS:
+        turns = opened(record.get(column))
+        judged = turns[-1] if isinstance(turns, list | tuple) and turns else None
+        if isinstance(judged, Mapping):
+            yield from ((f"{column}{_OF_MESSAGES}{name}", judged[name]) for name in _verdicts_among(tuple(judged)))
 
 
 class ColumnsToRead(frozenset[str]):
@@ -64,8 +77,7 @@ class Contradictions:
 
     def add(self, record: Mapping[str, object], label: bool, where: str) -> None:
         """Note the values of a record that became one row."""
-        for name in _verdicts_among(tuple(record)):
-            value = record[name]
+        for name, value in _verdicts_in(record):
             if has_no_value(value) or not isinstance(value, bool | int | float | str):
                 continue
             self._count(name, _shown(value), label, 1, where)
@@ -85,17 +97,17 @@ class Contradictions:
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
         there = sorted(
-            (name for name in self.seen if name in unused),
+            (name for name in self.seen if name in unused or _OF_MESSAGES in name),
             key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
         )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]
 
     def _sentence(self, name: str, counts: Counter[tuple[str, bool]]) -> str:
-        scale = Scale(Counter({shown: 1 for shown, _ in counts}))
+        scale, key = Scale(Counter({shown: 1 for shown, _ in counts})), name.rpartition(_OF_MESSAGES)[2]
         if len(scale.counts) > _MOST_VALUES:
             return ""
-        turned = is_turned_round(name, scale.counts)
-        if is_undesirable(name) and not turned:  # a scale of unknown direction, or words
+        turned = is_turned_round(key, scale.counts)
+        if is_undesirable(key) and not turned:  # a scale of unknown direction, or words
             return ""
         verdicts = {one: scale.verdict(one[0]) for one in counts}
         judged = sum(counts[one] for one, verdict in verdicts.items() if verdict is not None)
@@ -104,7 +116,7 @@ class Contradictions:
             for one, verdict in verdicts.items()
             if verdict is not None and (verdict is one[1]) is turned
         }
-        if not against or (name not in VERDICTS and 2 * sum(against.values()) <= judged):
+        if not against or (key not in VERDICTS and 2 * sum(against.values()) <= judged):
             return ""
         (shown, label), _ = next(iter(against.items()))
         proposal = reversed_options(scale.counts) if turned else "" if scale.is_usual else scale.proposal()
@@ -112,5 +124,5 @@ class Contradictions:
         return (
             f"'{name}' contradicts the label that was read in {sum(against.values()):,} of {counted(counts.total(), 'row')} "
             f"(first: {self.first[name, shown, label]}: {'desirable' if label else 'undesirable'}, but '{name}' is {shown}). If "
-            f"'{name}' is the feedback, pass --label-field {name}{proposal}."
+            f"'{name}' is the feedback, pass --label-field {key}{proposal}."
         )

@@ -27,7 +27,7 @@ from offline_kto.precompute.records.sources import file_of, files_of, format_of,
 from offline_kto.precompute.records.text_files import Located, OnBadLine
 
 # Keys of the native formats: an object with one of them is a record, not a document of records.
-_OWN_KEYS = (
+OWN_KEYS = (
     *("prompt", "completion", "response", "answer", "chosen", "rejected", "question", "query"),
     *(*CONVERSATIONS, "instruction"),
 )
@@ -269,7 +269,7 @@ class DataFormat:
             return None
         paths = [option_path(text, "--prompt-field or --completion-field") for text in given]
         is_record = any(path.find(document, where) is not None for path in paths) or (
-            not given and mapping is None and any(document.get(key) is not None for key in _OWN_KEYS)
+            not given and mapping is None and any(document.get(key) is not None for key in OWN_KEYS)
         )
         return columns_in(document) if is_record else records_in(document, where, self._config.split)
 

@@ -20,6 +20,7 @@ from offline_kto.precompute.records.feedback_columns import (
     feedback_columns,
     is_turned_round,
     is_undesirable,
+    plain_path,
     reversed_options,
 )
 from offline_kto.precompute.records.text_files import Record
@@ -234,9 +235,17 @@ def missing_split(config: PrecomputeConfig, data_format: DataFormat, found: Foun
 def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | None:
     """Return the error about a label whose name says that true is undesirable, as "toxic" does; None without one."""
     values = list(Scale.of(rule).counts)
+    if (graded := _graded_turned_round(config)) is not None:
+        return graded
     name = next((one for one in rule.numbers if is_turned_round(one, values)), None)
     if name is None:
         return None
+    if any(not is_turned_round(one, values) for one in rule.numbers):  # --up and --down would turn the others round
+        return FeedbackError(
+            f"{config.data}: one of the labels is '{name}', which seems to name what is undesirable, but true, 1 and yes are read as "
+            f"desirable ({Scale.of(rule).in_words()}). Describe the file with --map FILE: under `labels`, this one with "
+            "`up: [false]` and `down: [true]`, or with the values it has."
+        )
     field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
     options = reversed_options(value for value in values if value != "(none)")
     _, up, _, down = shlex.split(options)
@@ -244,6 +253,21 @@ def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | N
         f"{config.data}: the label is '{name}', which seems to name what is undesirable, but true, 1 and yes are read as desirable "
         f"({Scale.of(rule).in_words()}). Pass {field}{options}, or {field}--up {shlex.quote(down)} --down {shlex.quote(up)} if they "
         "are desirable."
+    )
+
+
+def _graded_turned_round(config: PrecomputeConfig) -> FeedbackError | None:
+    """Return the error about a rating of what is undesirable, which an option reads as the better the higher; None without one."""
+    options = {"--rating-threshold": config.rating_threshold, "--rating-scale": config.rating_scale}
+    option = next((name for name, value in options.items() if value is not None), None)
+    name = config.label_field or ""
+    if option is None or not is_undesirable(plain_path(name)):
+        return None
+    field = f"--label-field {shlex.quote(name)}"
+    return FeedbackError(
+        f"{config.data}: the label is '{name}', which seems to name what is undesirable, but {option} reads a higher rating as the more "
+        f"desirable. Pass {field} --up '<=LOW' --down '>=HIGH' with numbers of its scale, or {field} --up '>=HIGH' --down '<=LOW' if "
+        "a higher one is better."
     )
 
 

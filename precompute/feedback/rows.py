@@ -11,19 +11,26 @@ from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError, nearest, printable
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
-from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields
+from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields, columns_in_words
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
-from offline_kto.kto_core.feedback.left_out import DEFECTIVE, EMPTY_RECORD, OTHER_SPLIT, LeftOut, OneCountLeftOut
+from offline_kto.kto_core.feedback.left_out import (
+    DEFECTIVE,
+    EMPTY_RECORD,
+    OTHER_FORMAT,
+    OTHER_SPLIT,
+    LeftOut,
+    OneCountLeftOut,
+)
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
 from offline_kto.kto_core.feedback.paths import option_path
-from offline_kto.kto_core.feedback.presets import presets
+from offline_kto.kto_core.feedback.presets import presets, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, nested_too_deeply, parse_record
 from offline_kto.kto_core.feedback.turns import mapped_rows
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.contradictions import ColumnsToRead, Contradictions
-from offline_kto.precompute.feedback.data_format import DataFormat
+from offline_kto.precompute.feedback.data_format import OWN_KEYS, DataFormat
 from offline_kto.precompute.feedback.feedback_part import FeedbackPart, Mistake, OneCount
 from offline_kto.precompute.feedback.found import Found, names_no_value
 from offline_kto.precompute.feedback.mistakes import (
@@ -369,7 +376,11 @@ class Feedback:
         """
         joined: dict[str, tuple[str, list[dict[str, Any]]]] = {}
         for where, record in records:
-            key = join.find(record, where)
+            try:
+                key = join.find(record, where)
+            except FeedbackError as error:
+                self.reject(where, error)
+                continue
             if key is None:
                 self.reject(where, FeedbackError(f"{where}: {join.nothing(record)}."))
                 continue
@@ -397,19 +408,30 @@ class Feedback:
                 return
             self._used.look_up(record, where)
             for native in mapped_rows(self.mapping, record, where):
-                yield from self._native_rows(native, where)
+                is_other = isinstance(native, LeftOut) and self._has_another_format(record, where)
+                yield from self._native_rows(_other_format(record) if is_other else native, where)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1
         except OneCountLeftOut as one:
             self._one_counts.append((where, one.with_traceback(None)))  # whose frames would keep the record
         except LeftOut as left:
-            self.found.left_out.add(where, left.reason, left.detail)
+            shown = _other_format(record) if self._has_another_format(record, where) else left
+            self.found.left_out.add(where, shown.reason, shown.detail)
         except SeveralScoresError:
             pass  # `finish` lists the scores of the whole file
         except RecursionError:
             self.reject(where, nested_too_deeply(where))
         except FeedbackError as error:
             self.reject(where, error)
+
+    def _has_another_format(self, record: AnyMapping[str, object], where: str) -> bool:
+        """Return whether a record has no prompt and no answer of the recognised format, but the columns of another."""
+        mapping = self.mapping
+        if mapping is None or mapping.join is not None or self._config.map is not None or mapping.fits(record, where):
+            return False
+        present = {key: value for key, value in record.items() if value not in (None, "")}
+        other = recognised(present, where)
+        return not present.keys().isdisjoint(OWN_KEYS) or (other is not None and other.name != mapping.name)
 
     def _native_rows(self, native: dict[str, Any] | LeftOut, where: str) -> Iterator[FeedbackRow]:
         if isinstance(native, LeftOut):
@@ -425,6 +447,10 @@ def _entry(where: str, reason: str, detail: str, objective: str = "") -> dict[st
     """Return a line of the file of `--left-out`; with the name of an objective, the row itself is kept."""
     found = {"where": where, "reason": reason, "objective": objective, "detail": detail}
     return {name: value for name, value in found.items() if value}
+
+
+def _other_format(record: AnyMapping[str, object]) -> LeftOut:
+    return LeftOut(OTHER_FORMAT, columns_in_words(record))
 
 
 def _words(path: str) -> list[str]:

@@ -272,7 +272,7 @@ def _paths_in(mapping: Mapping) -> list[Path]:
     found = [mapping.where, mapping.system, mapping.tools, mapping.prompt, mapping.completion, mapping.conversation]
     found += [mapping.weight, mapping.each, mapping.join, *mapping.zip.values()]
     if pair is not None:
-        found += [pair.first, pair.second, pair.better]
+        found += [pair.first, pair.second, pair.better, *pair.scores]
     label = mapping.label
     if turns is not None:
         found += [turns.messages, turns.rated]

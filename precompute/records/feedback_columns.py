@@ -23,7 +23,14 @@ _NAMES = re.compile(
 _UNDESIRABLE = re.compile(
     "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|violen|abus|incorrect|wrong|unhelpful|bad(?!ge)|"
     "fail|reject|dislike|down_?vote|negative|thumbs?_?down|inappropriate|nsfw|(?<!w)hate|insult|profan|inaccura|invalid|"
-    "unaccept|useless|irrelevant|mislead|complain",
+    "unaccept|useless|irrelevant|mislead|complain|escalat|reported$|needs?_?(?:fix|edit|improve|work|revis|correct|rewrit)|dissatisf|unsatisf|"
+    "unresolved|unsolved|untrue|unfaithful|misinform|incomplete|schlecht|falsch|fehler(?!frei)|unbrauchbar|nutzlos",
+    re.IGNORECASE,
+)
+# Names that deny what is desirable: true is undesirable, as in "not_useful".
+_NOT_GOOD = re.compile(
+    r"(?<![a-z])(?:not?|non|never)[_ -]*(?:useful|helpful|good|ok(?![a-z])|okay|correct|right|valid|accurate|relevant|satisf|solved|"
+    "resolved|accept|approv|true|factual|safe|clear|complete|like)",
     re.IGNORECASE,
 )
 # Names that deny what is undesirable: true is desirable, as in "not_toxic" and "error_free".
@@ -32,6 +39,8 @@ _DENIED = re.compile(
 )
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
+# Parts of an expression that find the object of a name: [?name=='toxicity'] | [0].
+_BY_NAME = re.compile(r"""\[\?\s*\w+\s*==\s*[`'"]+([^`'"]*)[`'"]+\s*\](?:\s*\|\s*(?=\[))?""")
 # Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
 _YES_AND_NO = frozenset(("true", "false", "1", "0", "1.0", "0.0", "yes", "no", "y", "n", "positive", "negative"))
 # Words of two columns that count opposite votes.
@@ -97,7 +106,15 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
 
 def is_undesirable(path: str) -> bool:
     """Return whether a name is that of what is undesirable, so that true, 1 and yes mean a bad answer."""
+    if _NOT_GOOD.search(path) is not None:
+        return True
     return _UNDESIRABLE.search(path) is not None and _DENIED.search(path) is None
+
+
+def plain_path(path: str) -> str:
+    """Return a path that only names a value, or finds it by its name in a list or an object; empty for any other expression."""
+    found = _BY_NAME.sub(r".\1", path.rpartition("}.")[2])
+    return found if _PLAIN_PATH.fullmatch(found) is not None else ""
 
 
 def is_turned_round(path: str, values: Iterable[str]) -> bool:
@@ -106,8 +123,7 @@ def is_turned_round(path: str, values: Iterable[str]) -> bool:
     Args:
         values: as `Scale` shows them.
     """
-    plain = _PLAIN_PATH.fullmatch(path) is not None
-    return plain and is_undesirable(path) and any(value.strip('"').strip().lower() in _YES_AND_NO for value in values)
+    return is_undesirable(plain_path(path)) and any(value.strip('"').strip().lower() in _YES_AND_NO for value in values)
 
 
 def reversed_options(values: Iterable[str]) -> str:
