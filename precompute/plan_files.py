@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, open_shard, read_metadata
+from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, read_metadata, read_unlisted
 from offline_kto.kto_core.durable_files import replacing, write_json
 from offline_kto.kto_core.errors import CacheError, said_by
 from offline_kto.kto_core.hashing import sequence_id
@@ -164,10 +164,7 @@ def read_plan_file(path: Path) -> PlanFile:
     metadata = read_metadata(path)
     if metadata is None:
         raise CacheError(f"{path}: missing or damaged. Run kto-precompute again without --part.")
-    try:
-        table = open_shard(path).read(use_threads=False)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+    table = read_unlisted(path)
     found = PlanFile(metadata, table.drop_columns([_COMPANY]), [], {}, {})
     for row, members in zip(Rows(table), table.column(_COMPANY).to_pylist(), strict=True):
         _add(found, row, members)

@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.shards import (
     CacheRow,
     Rows,
-    check_packing,
     check_table,
     open_shard,
     read_metadata,
+    read_unlisted,
     write_shard,
 )
 from offline_kto.kto_core.errors import CacheError
@@ -93,10 +91,9 @@ def is_whole(path: Path, *, vocabulary: int, rows: int | None = None, partners: 
     if path.is_symlink():
         return False
     try:
-        check_packing(path, open_shard(path))
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = read_unlisted(path)
         check_table(table, path.name, vocabulary=vocabulary, partners=partners)
-    except (CacheError, OSError, MemoryError, pa.ArrowException):
+    except (CacheError, MemoryError):
         return False
     return rows is None or table.num_rows == rows
 

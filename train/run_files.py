@@ -15,6 +15,7 @@ from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import ConfigError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, check_kinds, open_foreign, read_foreign
 from offline_kto.kto_core.options import as_plain, value_in_yaml, with_absolute_paths
+from offline_kto.kto_core.parquet_footers import column_chunks
 from offline_kto.kto_core.redaction import secret_names, without_secrets
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.run_records import RunRecord
@@ -163,8 +164,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
         wrong = [name for name in columns if _REWARD_KINDS[name] not in kinds.get(name, "")]
         if wrong:
             raise ValueError(f"column {wrong[0]!r} is {kinds.get(wrong[0], 'missing')}")
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        chunks = [chunk for number in range(file.num_row_groups) for chunk in column_chunks(file, number)]
         size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
         if size > _LARGEST_COLUMNS:
             raise ValueError(f"its columns have {size:,} bytes")

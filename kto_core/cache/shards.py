@@ -4,6 +4,7 @@ A shard is written to a temporary file, closed, read back and checked, then rena
 therefore always a complete file.
 """
 
+import base64
 import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from offline_kto.kto_core.cache.places import LONGEST_PLACE, PLACE
 from offline_kto.kto_core.durable_files import replacing
 from offline_kto.kto_core.errors import CacheError, printable, said_by
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
+from offline_kto.kto_core.parquet_footers import column_chunks
 
 
 class ObjectiveMasses(TypedDict):
@@ -199,20 +201,20 @@ def read_metadata(path: Path) -> dict[str, object] | None:
     return content if isinstance(content, dict) else None
 
 
-def open_shard(path: Path, *, mapped: bool = False) -> pq.ParquetFile:
+def open_shard(path: Path, *, mapped: bool = False, verified: bool = False) -> pq.ParquetFile:
     """Open a shard and check its columns.
 
     Args:
         mapped: map the file instead of reading it, so that processes share its pages. A file that is
             truncated while it is mapped kills the process.
+        verified: compare the pages that are read with their checksums.
 
     Raises:
         CacheError: not Parquet, or other columns than those of the format.
     """
     try:
-        file = pq.ParquetFile(
-            path, pre_buffer=False, memory_map=mapped
-        )  # for small reads, pre-buffering threads cost more than they save
+        # For small reads, pre-buffering threads cost more than they save.
+        file = pq.ParquetFile(path, pre_buffer=False, memory_map=mapped, page_checksum_verification=verified)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CacheError(
             f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."
@@ -238,12 +240,15 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     lists = [i for i, leaf in enumerate(leaves) if "." in leaf]
     for number in range(file.num_row_groups):
+        try:
+            chunks = column_chunks(file, number)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
         group = file.metadata.row_group(number)
-        values = [(group.column(i).num_values, i) for i in lists]
-        suspects = [i for count, i in values if 4 * count > _SMALL]
+        suspects = [chunks[i] for i in lists if 4 * chunks[i].num_values > _SMALL]
         if group.num_rows * group.total_byte_size > 64 * _SMALL:  # the worst case: one text, repeated in each row
-            suspects = [*range(group.num_columns)]
-        for chunk in map(group.column, suspects):
+            suspects = chunks
+        for chunk in suspects:
             text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
             size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
             if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
@@ -278,6 +283,28 @@ def read_groups(
             yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+
+
+def read_unlisted(path: Path) -> pa.Table:
+    """Read a file that no manifest lists, so that its hash is not known: of an unfinished run.
+
+    Its pages have checksums. Its footer has none, but has the columns and the number of rows twice.
+
+    Raises:
+        CacheError: damaged content.
+    """
+    file = open_shard(path, verified=True)
+    check_packing(path, file)
+    try:
+        table = file.read()
+        written = (file.metadata.metadata or {}).get(b"ARROW:schema")  # missing if another program wrote the file
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(written))) if written else table.schema
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+    in_groups = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
+    if not schema.equals(table.schema) or {file.metadata.num_rows, in_groups} != {table.num_rows}:
+        raise CacheError(f"{path}: damaged content (its footer contradicts itself). Run kto-precompute again.")
+    return table
 
 
 class Rows(Sequence[CacheRow]):

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING
 from offline_kto.kto_core.errors import FeedbackError, said_by
 from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.parquet_footers import column_chunks
 from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.text_files import (
     COPY_AGAIN,
@@ -34,6 +35,8 @@ _QUOTED = re.compile(r'"[^"]*"')
 _EXCEL_SEPARATOR = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)
 
 _BATCH_ROWS = 256
+# Bytes of a column read at a time while only its metadata are wanted.
+_BUFFER = 4096
 # The value of a column that was not requested.
 NOT_READ = "(not read)"
 _MESSAGES_NOT_READ = [{"role": NOT_READ}]
@@ -209,21 +212,20 @@ def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.R
     """
     import pyarrow.parquet as pq
 
-    leaves = pq.ParquetFile(handle).schema
+    file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=_BUFFER)
+    leaves = [file.schema.column(i) for i in range(len(file.schema))]
     repeated = [
-        leaf.path
-        for leaf in (leaves.column(i) for i in range(len(leaves)))
-        if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
+        leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
     ]
-    file = pq.ParquetFile(handle, read_dictionary=repeated)
+    wanted = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in columns]
     for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.split(".")[0] in columns and _is_bomb(chunk):
+        for chunk in column_chunks(file, number, wanted):
+            if _is_bomb(chunk):
                 raise FeedbackError(
                     f"{name}: column '{chunk.path_in_schema}' unpacks to {chunk.num_values:,} values and "
                     f"{chunk.total_uncompressed_size:,} bytes in one row group. {TOO_LARGE}"
                 )
+    file = pq.ParquetFile(handle, read_dictionary=repeated)
     yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=columns)
 
 
