@@ -175,6 +175,7 @@ def test_flags_of_a_page_exist(page: str) -> None:
         "--dry",
         "--minutes",
         "--only",
+        "--readers",
         "--trl-python",
     }  # the last ones: of benchmarks
     own = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
