@@ -28,6 +28,7 @@ from offline_kto.precompute.local_workers import worker_gpus
 from offline_kto.precompute.out_folder import MERGED, keeps_text, opened_out, rendered_on
 from offline_kto.precompute.plan import Plan, PlanCounts, make_plan
 from offline_kto.precompute.plan_page import describe, wrapped
+from offline_kto.precompute.ray_workers import check_cluster
 from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
 
@@ -85,9 +86,12 @@ def make_cache(config: PrecomputeConfig) -> None:
 
 
 def _check_cluster(files: ReferenceFiles) -> None:
-    """Refuse to let a machine without a GPU choose precision and engine for workers that have one."""
+    """Check the address, and refuse to let a machine without a GPU choose precision and engine for workers that have one."""
     config = files.config
-    if config.cluster is None or files.device.type != "cpu" or config.device == "cpu":
+    if config.cluster is None:
+        return
+    check_cluster(config.cluster)
+    if files.device.type != "cpu" or config.device == "cpu":
         return
     if AUTO in (config.dtype, config.backend):
         raise ConfigError(

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from offline_kto.kto_core.cache.manifest import MANIFEST
 from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
@@ -19,10 +20,13 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     """Score one of the parts into which the planned shards are divided.
 
     Raises:
-        KTOError: there is no plan, this machine would compute other scores, or a shard cannot be scored.
+        KTOError: there is neither a plan nor a complete cache, this machine would compute other scores, or a shard cannot be scored.
     """
     out = Path(config.out)
     run = read_run(out)
+    if run is None and (out / MANIFEST).exists():
+        tell(f"complete    {out} has its manifest; this part has nothing to do")
+        return
     if run is None:
         raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
     mine = run.shards[part::parts]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from offline_kto.kto_core.console import LOGGER
-from offline_kto.kto_core.errors import ConfigError, KTOError, in_one_line
+from offline_kto.kto_core.errors import ConfigError, KTOError, in_one_line, printable
 from offline_kto.kto_core.streams import library_output_in
 from offline_kto.precompute.worker import SECONDS_TO_STOP, LoggedLines, ShardWorker, StoppedError, kept_error
 from offline_kto.precompute.workers import (
@@ -322,20 +322,38 @@ def _connect(ray: Any, address: str) -> None:
             _check_reachable(address)
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(
-            f"--cluster {address}: no Ray cluster can be reached there: {in_one_line(error)} Start one with `ray start --head`, "
-            "and use the same versions of Python and Ray on all nodes."
-        ) from error
+        raise _unreachable(address, error) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def check_cluster(address: str) -> None:
+    """Refuse an address where nothing listens, before the feedback is read.
+
+    Raises:
+        ConfigError: it is refused, or Ray is not installed.
+    """
+    _import_ray()
+    try:
+        if address != "auto":
+            _check_reachable(address)
+    except (OSError, ValueError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"--cluster {printable(address, 100)}: no Ray cluster can be reached there: {in_one_line(error).rstrip('.')}. Start one with "
+        "`ray start --head`, and use the same versions of Python and Ray on all nodes."
+    )
 
 
 def _check_reachable(address: str) -> None:
     """Try an address for some seconds. Raises: OSError, ValueError. Ray itself would try for two minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not (separator and host and port.isdigit()):
-        raise ValueError("expected auto, HOST:PORT or ray://HOST:PORT.")
+        raise ValueError("expected auto, HOST:PORT or ray://HOST:PORT")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 

@@ -19,7 +19,7 @@ from offline_kto.kto_core.errors import CacheError, ConfigError, ModelError
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.leader import Leader
-from offline_kto.precompute.ray_workers import Opener, RayWorkers, _room
+from offline_kto.precompute.ray_workers import Opener, RayWorkers, _room, check_cluster
 from offline_kto.precompute.run import precompute
 from offline_kto.precompute.worker import RefusedError
 from offline_kto.precompute.workers import Answer, Answered, Event, Ready, Task
@@ -273,6 +273,8 @@ def test_an_address_without_a_cluster_is_refused(address: str, why: str) -> None
     with pytest.raises(ConfigError, match=f"--cluster {address}: no Ray cluster can be reached there: .*{why}"):
         RayWorkers(address, waiting(Path()), gpus=0)
     assert (sys.stdout, sys.stderr) == streams
+    with pytest.raises(ConfigError, match=f"--cluster {address}: .*{why}.*[.] Start one with"):
+        check_cluster(address)  # what kto-precompute does before it reads the feedback
 
 
 def test_workers_fit_by_gpus_or_by_cpus() -> None:
