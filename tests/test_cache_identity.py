@@ -26,6 +26,7 @@ from test_precompute import count_scored, scored
 from test_reuse import apart, assert_as_fresh, snapshot
 
 import offline_kto.precompute.engines.reference
+import offline_kto.precompute.engines.tokenizer
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import CacheError, ModelError
 from offline_kto.kto_core.hashing import weights_hash
@@ -459,14 +460,14 @@ def test_a_tokenizer_that_was_called_before_is_the_same(
 ) -> None:
     """Padding and truncation stay in a tokenizer when it was called with them."""
     run(config)
-    load = offline_kto.precompute.engines.reference.load_tokenizer
+    load = offline_kto.precompute.engines.tokenizer.load_tokenizer
 
     def used(*arguments: Any, **options: Any) -> Any:
         tokenizer = load(*arguments, **options)
         tokenizer(["hello", "hello world"], padding="max_length", truncation=True, max_length=3)
         return tokenizer
 
-    monkeypatch.setattr(offline_kto.precompute.engines.reference, "load_tokenizer", used)
+    monkeypatch.setattr(offline_kto.precompute.engines.tokenizer, "load_tokenizer", used)
     calls.clear()
     run(config)
     assert calls == []

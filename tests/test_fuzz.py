@@ -53,6 +53,7 @@ from offline_kto.kto_core.options import resolve
 from offline_kto.precompute import inspect_cache
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
+from offline_kto.precompute.records import class_names
 from offline_kto.precompute.records.sources import describe_source, read_records
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data.cache_rows import CacheRows, RowKey
@@ -138,7 +139,13 @@ class _Watch:
             ".py"
         )
         own = os.path.realpath(verified_shards.own_files())  # what was verified is remembered there
-        return code or real.startswith((*self.LIBRARIES, str(self.folder), own, "/proc/self", "/usr/share/zoneinfo"))
+        # The names of classes are looked for in the folders above, as in a data set whose files are in data/.
+        notes = Path(real).name in class_names.NOTES and Path(real).parent in self.folder.parents
+        return (
+            code
+            or notes
+            or real.startswith((*self.LIBRARIES, str(self.folder), own, "/proc/self", "/usr/share/zoneinfo"))
+        )
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
-from offline_kto.precompute import plan
+from offline_kto.precompute import reading
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.inspect_cache import head, info
 from offline_kto.precompute.run import precompute
@@ -239,7 +239,7 @@ def test_masses_cost_no_forward_pass(
     config = PrecomputeConfig(model=str(base), data=str(feedback), out=tmp_path / "refs", max_length=256)
     precompute(config)
     plain = read_manifest(config.out)
-    real = plan._planned
+    real = reading._planned
 
     def judged_by(share: float) -> None:
         def planned(row: FeedbackRow, *rest: Any) -> PlannedRow:
@@ -249,7 +249,7 @@ def test_masses_cost_no_forward_pass(
                 real(row, *rest), judgement=Judgement(masses, {"helpful": masses, "honest": Masses(0.0, 0.0)})
             )
 
-        monkeypatch.setattr(plan, "_planned", planned)
+        monkeypatch.setattr(reading, "_planned", planned)
 
     hashes = {plain.data["labels_hash"]}
     for share in (0.75, 1.0):
@@ -266,7 +266,7 @@ def test_masses_cost_no_forward_pass(
         assert f"({share:g} for, {1 - share:g} against)" in "".join(head(config.out, rows=20, model=None))
         hashes.add(manifest.data["labels_hash"])
     assert len(hashes) == 3
-    monkeypatch.setattr(plan, "_planned", real)
+    monkeypatch.setattr(reading, "_planned", real)
     precompute(config)
     again = read_manifest(config.out)
     assert again.shards == plain.shards

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import offline_kto.precompute.plan
+import offline_kto.precompute.parallel_reading
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.errors import ConfigError, KTOError
 from offline_kto.kto_core.models.tokenizer_files import load_tokenizer
@@ -314,7 +314,7 @@ class Tomorrow(datetime):
 
 @pytest.fixture
 def tomorrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", Tomorrow)
+    monkeypatch.setattr(offline_kto.precompute.parallel_reading, "datetime", Tomorrow)
 
 
 def today(folder: Path, refs: Path) -> str:
@@ -330,7 +330,7 @@ def test_tomorrow_the_same_command_scores_nothing(
     assert today(dated, config.out) in {(day - timedelta(days=n)).strftime("%d %b %Y") for n in (0, 1)}
     assert "the chat template writes the date: all rows are rendered for " in capsys.readouterr().out
     before = (tmp_path / "refs/manifest.json").read_bytes()
-    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", Tomorrow)
+    monkeypatch.setattr(offline_kto.precompute.parallel_reading, "datetime", Tomorrow)
     score(config)
     assert "complete" in capsys.readouterr().out
     assert (tmp_path / "refs/manifest.json").read_bytes() == before
@@ -370,7 +370,7 @@ def test_an_unfinished_cache_keeps_its_day(
     score(config)
     ids = ids_of(tmp_path / "refs")
     (tmp_path / "refs/manifest.json").unlink()
-    monkeypatch.setattr(offline_kto.precompute.plan, "datetime", datetime)
+    monkeypatch.setattr(offline_kto.precompute.parallel_reading, "datetime", datetime)
     score(config)
     assert ids_of(tmp_path / "refs") == ids
     assert read_manifest(tmp_path / "refs").run["scored_sequences"] == 0

@@ -19,7 +19,7 @@ from offline_kto.precompute.records.text_files import Record
 _METADATA_KEY = b"huggingface"
 # The YAML at the beginning of a card.
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_NOTES = ("dataset_infos.json", "dataset_info.json", "README.md")
+NOTES = ("dataset_infos.json", "dataset_info.json", "README.md")
 
 
 class ClassNames:
@@ -52,7 +52,7 @@ class ClassNames:
         """
         found: dict[str, Any] = {}
         for folder in [*path.parents][:3]:
-            for column, feature in (one for name in _NOTES for one in _features_in(folder / name)):
+            for column, feature in (one for name in NOTES for one in _features_in(folder / name)):
                 if not _has_classes(feature):
                     continue
                 if _names_of(found.setdefault(column, feature)) != _names_of(feature):  # which one it is cannot be told
