@@ -51,17 +51,17 @@ class EqualIds(NamedTuple):
 
     @property
     def group_count(self) -> int:
-        """Number of distinct ids."""
+        """Return the number of distinct ids."""
         return int(np.count_nonzero(self.heads))
 
     @property
     def starts(self) -> np.ndarray:
-        """Where each distinct id begins in `order`, shape (distinct ids,)."""
+        """Return where each distinct id begins in `order`, shape (distinct ids,)."""
         return np.flatnonzero(self.heads)
 
     @property
     def sizes(self) -> np.ndarray:
-        """How often each distinct id occurs, shape (distinct ids,)."""
+        """Return how often each distinct id occurs, shape (distinct ids,)."""
         return np.diff(self.starts, append=len(self.order))
 
     def sums(self, values: np.ndarray) -> np.ndarray:

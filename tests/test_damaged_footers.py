@@ -84,7 +84,7 @@ def path(kind: str, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_wrong_number_of_levels_does_not_end_the_process(path: Path) -> None:
-    """As it does where pyarrow itself reads the metadata of the column."""
+    """Flip what ends the process where pyarrow itself reads the metadata of the column."""
     places = [found.start() for found in LEVELS.finditer(path.read_bytes(), footer(path).start)]
     found = read_damaged(path, places, [16])
     assert found["changed"] == 0

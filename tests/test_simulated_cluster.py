@@ -126,7 +126,7 @@ def test_a_slow_leader_is_a_limit_of_its_own() -> None:
 
 
 def test_slow_plan_files_are_a_limit_of_their_own() -> None:
-    """Those of the first shards are written while the workers start; none of them waits if they take less than scoring."""
+    """Write the first ones while the workers start; no worker waits if they take less than scoring."""
     job = dataclasses.replace(STEADY, rows_a_second=1e6, overhead_a_row=0.0, overhead_a_shard=0.0)
     slow = dataclasses.replace(job, plan_a_row=0.01)
     assert simulate(slow).wall == pytest.approx(64_000 * 0.01, rel=0.01)

@@ -49,7 +49,6 @@ _SKIN_TONE = re.compile(r":skin-tone-\d:")
 
 _FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
 
-# Beginnings of verdicts on two answers that prefer neither.
 # Words for a judgement that is neither good nor bad, or for none.
 _BETWEEN = re.compile(
     r"[^\w+]*|mixed|medium|average|so[ _-]?so|ok(?:ay)?|maybe|partial(?:ly)?|unsure|unknown|unclear|undecided|other|pending"
@@ -57,6 +56,7 @@ _BETWEEN = re.compile(
     r"|no[ _-]?(?:rating|feedback|vote|answer|opinion)",
     re.IGNORECASE,
 )
+# Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
 # Names of columns whose numbers are usually on a scale from 1 to 5 or 10.
