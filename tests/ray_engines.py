@@ -23,7 +23,7 @@ class WaitingEngine:
         folder: gets a file `INDEX.PROCESS` for each shard that is begun.
         steps: of a shard.
         deadly: a shard that kills the process halfway; None for none.
-        broken: a shard that raises an error that the user can fix.
+        broken: a shard that raises an error that the user can fix, once another process has begun one.
     """
 
     def __init__(
@@ -43,12 +43,15 @@ class WaitingEngine:
             on_tokens(1)
             if step == self.steps // 2 and task.shard == self.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if step == self.steps // 2 and task.shard == self.broken:
+            if task.shard == self.broken and self._is_another_busy():
                 raise CacheError(f"{task.out}: shard {task.shard} cannot be written.")
             if self.should_stop():
                 (self.folder / f"{task.shard}.stopped").touch()
                 raise StoppedError
         return Answer(True, 1, 1, "", 1, self.steps, self.steps * 0.05, None)
+
+    def _is_another_busy(self) -> bool:
+        return any(path.suffix != f".{os.getpid()}" for path in self.folder.iterdir())
 
 
 def open_waiting(
