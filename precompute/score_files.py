@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from offline_kto.kto_core.cache.shards import (
     CacheRow,
@@ -86,16 +87,21 @@ def read_scores_of(path: Path, ids: Collection[str]) -> dict[str, np.ndarray]:
     return dict(zip([names[i] for i in at], read_scores(path, rows[at], slots[at]), strict=True))
 
 
-def is_whole(path: Path, *, vocabulary: int, rows: int | None = None, partners: int | None = None) -> bool:
+def is_whole(path: Path, *, vocabulary: int) -> bool:
     """Return whether a shard can be read and all its rows are valid. Invalid shards are rescored."""
+    return read_whole(path, vocabulary=vocabulary) is not None
+
+
+def read_whole(path: Path, *, vocabulary: int, partners: int | None = None) -> pa.Table | None:
+    """Return the rows of a shard; None if it cannot be read, or a row is invalid."""
     if path.is_symlink():
-        return False
+        return None
     try:
         table = read_unlisted(path)
         check_table(table, path.name, vocabulary=vocabulary, partners=partners)
     except (CacheError, MemoryError):
-        return False
-    return rows is None or table.num_rows == rows
+        return None
+    return table
 
 
 def write_part(out: Path, key: str, rows: Sequence[CacheRow], metadata: Mapping[str, object]) -> None:

@@ -78,7 +78,9 @@ class Scoring:
         self._finishing = threading.Lock()
         self._keys = [shard_key(plan, rows) for rows in self.shards]
         store.adopt_done(self._keys)
-        self.missing = [i for i, key in enumerate(self._keys) if not store.has(i, key, len(self.shards[i]))]
+        self.missing = [
+            i for i, key in enumerate(self._keys) if not store.has(i, key, partial(unscored_table, plan, self.shards[i]))
+        ]
         store.set_aside(self.missing)
         self._needs = Needs(
             plan, SequenceIds.of(plan), self.shards, missing=self.missing, keys=self._keys, files=store.scored_files

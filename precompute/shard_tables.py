@@ -57,6 +57,20 @@ def unscored_table(plan: Plan, rows: range) -> pa.Table:
     return pa.table(found, pa.schema([field for field in schema if field.name not in _SCORES]))
 
 
+def other_columns(table: pa.Table, planned: pa.Table) -> list[str]:
+    """Return the names of the columns in which a shard differs from its plan; scores are not compared.
+
+    Args:
+        planned: from `unscored_table`.
+    """
+    names = [name for name in table.column_names if name not in _SCORES]
+    return [
+        name
+        for name in dict.fromkeys([*planned.column_names, *names])
+        if name not in names or name not in planned.column_names or not table.column(name).equals(planned.column(name))
+    ]
+
+
 def scored_table(table: pa.Table, scores: Sequence[np.ndarray]) -> pa.Table:
     """Return a table with the columns of scores, which replace those that it has.
 

@@ -43,7 +43,8 @@ from offline_kto.kto_core.errors import CacheError, NewerFormatError
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import ID, file_hash
 from offline_kto.precompute.out_folder import DONE, KEPT, NEXT, PARTS, PLAN, done_in, made, shards_in
-from offline_kto.precompute.score_files import ScoredFile, drop_parts, is_whole, write_part
+from offline_kto.precompute.score_files import ScoredFile, drop_parts, is_whole, read_whole, write_part
+from offline_kto.precompute.shard_tables import other_columns
 
 # An id as hexadecimal digits.
 _HEX = np.dtype(f"S{2 * ID.itemsize}")
@@ -200,34 +201,44 @@ class Store:
             self._drop_manifest()
             for shard in old.shards:
                 path = self.out / shard["file"]
-                same = path.exists() and file_hash(path) == shard["sha256"]
-                if not (same and self._is_whole(path, shard["rows"], old.partners)):
+                if not (path.exists() and file_hash(path) == shard["sha256"]):
                     path.unlink(missing_ok=True)
             return True
         return False
 
-    def has(self, index: int, key: str, rows: int) -> bool:
-        """Return whether a complete shard with this content and number of rows exists.
+    def has(self, index: int, key: str, content: Callable[[], pa.Table]) -> bool:
+        """Return whether a complete shard with this content exists.
 
-        If a crash interrupted the move of new shards into place, some are already in the final folder; these are
-        copied back to the folder that this run writes.
+        A shard that says so in its footer but is damaged, or contains other rows, is removed from the folder that this run
+        writes. If a crash interrupted the move of new shards into place, some are already in the final folder; these are
+        copied back.
+
+        Args:
+            content: returns the rows of the plan, without scores.
         """
         for folder in dict.fromkeys((self.target, self.out)):
             path = folder / shard_name(index)
-            if path.exists() and self._is_good(path, key, rows):
-                if folder != self.target:
-                    with replacing(self.target / shard_name(index)) as temporary:
-                        shutil.copyfile(path, temporary)
-                return True
+            metadata = read_metadata(path) if path.exists() else {}
+            if metadata is not None and (metadata.get("key"), metadata.get("identity")) != (key, self.identity):
+                continue
+            if why := self._defect(path, content()):
+                tell(f"damaged     {path}: {why}; this shard is scored again")
+                if folder == self.target:
+                    path.unlink()
+                continue
+            if folder != self.target:
+                with replacing(self.target / shard_name(index)) as temporary:
+                    shutil.copyfile(path, temporary)
+            return True
         return False
 
-    def _is_good(self, path: Path, key: str, rows: int) -> bool:
-        metadata = read_metadata(path) or {}
-        same = metadata.get("key") == key and metadata.get("identity") == self.identity
-        return same and self._is_whole(path, rows, self.pairing["partners"])
-
-    def _is_whole(self, path: Path, rows: int | None = None, partners: int | None = None) -> bool:
-        return is_whole(path, rows=rows, partners=partners, vocabulary=self.vocabulary)
+    def _defect(self, path: Path, planned: pa.Table) -> str:
+        """Return what keeps a shard from being used for rows of the plan; empty if it can be."""
+        table = read_whole(path, vocabulary=self.vocabulary, partners=self.pairing["partners"])
+        if table is None:
+            return "cannot be read, or a row breaks a rule of the format"
+        names = other_columns(table, planned)
+        return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not as planned" if names else ""
 
     def adopt_done(self, keys: Sequence[str]) -> None:
         """Move shards that workers of earlier runs finished into place, and keep the others for their scores.
@@ -239,7 +250,8 @@ class Store:
         for path in done_in(self.out):
             metadata = read_metadata(path) or {}
             number = number_of.get(str(metadata.get("key")))
-            if metadata.get("identity") != self.identity or not self._is_whole(path):
+            if metadata.get("identity") != self.identity or not is_whole(path, vocabulary=self.vocabulary):
+                tell(f"damaged     {path}: cannot be used; its shard is scored again")
                 path.unlink()
             elif number is not None and not (self.target / shard_name(number)).exists():
                 path.replace(self.target / shard_name(number))  # checked again as any other shard
@@ -264,7 +276,7 @@ class Store:
         for folder in (self.out, *self._folders):
             for path in shards_in(folder):
                 metadata = read_metadata(path) or {}
-                if metadata.get("identity") == self.identity and self._is_whole(path):
+                if metadata.get("identity") == self.identity and is_whole(path, vocabulary=self.vocabulary):
                     yield ScoredFile.of(path, metadata)
 
     def write(self, index: int, key: str, table: pa.Table) -> None:

@@ -38,8 +38,8 @@ precompute.part_files
 precompute.part_workers
 precompute.parallel_reading
 precompute.plan precompute.score_files train.trainer train.report
-precompute.store
-precompute.shard_tables precompute.workers precompute.plan_ahead
+precompute.shard_tables
+precompute.store precompute.workers precompute.plan_ahead
 precompute.needs
 precompute.plan_files
 precompute.worker

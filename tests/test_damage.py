@@ -379,6 +379,37 @@ def test_a_damaged_shard_of_an_unfinished_cache_is_scored_again(
     assert 0 < read_manifest(refs).run["scored_sequences"] <= 8
 
 
+def flip_label(rows: list[dict[str, Any]]) -> None:
+    rows[1]["label"] = not rows[1]["label"]
+
+
+def move_row(rows: list[dict[str, Any]]) -> None:
+    rows[1]["place"] = "elsewhere.jsonl:7"
+
+
+@pytest.mark.parametrize(("change", "column"), [(flip_label, "label"), (move_row, "place")])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_shard_that_claims_to_be_planned_but_has_other_rows_is_scored_again(
+    change: Callable[[list[dict[str, Any]]], None],
+    column: str,
+    is_finished: bool,
+    refs: Path,
+    whole: Path,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its footer has the key of the plan, and its hash is that of the manifest."""
+    change_rows(refs, change)
+    if is_finished:
+        change_manifest(refs, lambda content: content["data"].update(desirable=1))  # does not agree with the shards
+    else:
+        (refs / "manifest.json").unlink()
+    precompute(PrecomputeConfig(model=str(base), data=str(whole.parent / "f.jsonl"), out=refs, rows_per_shard=4))
+    assert f"00001.parquet: {column} is not as planned; this shard is scored again" in capsys.readouterr().out
+    assert_same_cache(refs, whole)
+    assert 0 < read_manifest(refs).run["scored_sequences"] <= 8
+
+
 @pytest.mark.parametrize("place", ["manifest.json", "train", SHARD])
 def test_what_may_not_be_read_is_one_message(place: str, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Expect the system's own words, which root never sees."""
