@@ -10,18 +10,33 @@ from offline_kto.kto_core.console import is_silent, tell
 from offline_kto.kto_core.streams import is_terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Rate and time left are shown from then on: those of the first moments say nothing.
+_SECONDS_BEFORE_RATE = 5.0
+# Weight of the last moments in the rate of a bar: work arrives in lumps.
+_SMOOTHING = 0.05
 
 
 class Progress:
-    """Counts units (tokens, bytes) towards a total and shows rate and time left."""
+    """Counts units (tokens, bytes) towards a total and shows rate and time left.
+
+    The rate is that since the first units arrived: what came before, such as loading a model, is not part of it.
+    """
 
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
         self._note = ""
-        self.started = self.last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first units arrived, and how many were done then
+        self.last_line = time.monotonic()
         self.bar = (
-            tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                desc=description,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                smoothing=_SMOOTHING,
+            )
             if is_terminal(sys.stderr) and not is_silent()
             else None
         )
@@ -43,17 +58,35 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
 
-    def add(self, count: int) -> None:
+    def skip(self, count: int) -> None:
+        """Count units that were done before, so that they are not part of the rate."""
         self.done += count
         if self.bar is not None:
-            self.bar.update(count)
-            return
+            self.bar.initial += count
+            self.bar.n += count
+            self.bar.refresh()
+
+    def add(self, count: int) -> None:
         now = time.monotonic()
-        if now - self.last_line >= _SECONDS_BETWEEN_LINES:
+        if self._first is None:
+            self.skip(count)
+            self._first = now, self.done
+            if self.bar is not None:
+                self.bar.unpause()
+        else:
+            self.done += count
+            if self.bar is not None:
+                self.bar.update(count)
+        if self.bar is None and now - self.last_line >= _SECONDS_BETWEEN_LINES:
             self.last_line = now
-            rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate if rate else 0.0
-            tell(
-                f"{self.description}: {self.done / max(self.total, 1):.0%}, {rate:,.0f} {self.unit}/s, "
-                f"{left:,.0f} s left{', ' if self._note else ''}{self._note}"
-            )
+            words = [f"{self.done / max(self.total, 1):.0%}", *self._rate(now), *([self._note] if self._note else [])]
+            tell(f"{self.description}: {', '.join(words)}")
+
+    def _rate(self, now: float) -> list[str]:
+        """Return rate and time left in words; empty if they are not known yet."""
+        assert self._first is not None
+        since, before = self._first
+        if self.done <= before or now - since < _SECONDS_BEFORE_RATE:
+            return []
+        rate = (self.done - before) / (now - since)
+        return [f"{rate:,.0f} {self.unit}/s", f"{(self.total - self.done) / rate:,.0f} s left"]
