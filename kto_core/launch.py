@@ -93,6 +93,14 @@ def world_size() -> int:
     return _number("WORLD_SIZE", least=1) or 1
 
 
+def is_first_process() -> bool:
+    """Return whether this process speaks for the launch, even one that cannot be read."""
+    try:
+        return read_launch().is_first
+    except ConfigError:
+        return True
+
+
 def read_launch() -> Launch:
     """Return rank and world size of this process.
 

@@ -1,6 +1,5 @@
 """Define the command lines `kto-precompute` and `kto-cache`: parse options, call one function, print errors."""
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import click
 
 from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import KTOError
-from offline_kto.kto_core.launch import settle_launch
+from offline_kto.kto_core.interrupts import exit_code, raise_on_sigterm
+from offline_kto.kto_core.launch import is_first_process, settle_launch
 from offline_kto.kto_core.locations import Location, to_location
 from offline_kto.kto_core.options import click_settings, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries
@@ -35,14 +35,15 @@ class _Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; handled as Ctrl-C
+            raise_on_sigterm()
             with shown_lines():
                 return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted. Run the same command again to continue.", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as error:
+            if is_first_process():
+                click.echo("\nInterrupted. Run the same command again to continue.", err=True)
+            ctx.exit(exit_code(error))
 
 
 def _options(command: Any) -> Any:

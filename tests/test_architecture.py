@@ -18,7 +18,7 @@ SCRIPTS = ("kto-precompute", "kto-train", "kto-cache", "kto-sweep", "kto-report"
 # Rooms from the ground up: a module imports from its own room and from those in lines above its own. Modules that stand
 # directly in a package are rooms of their own.
 LAYERS = """
-kto_core.redaction kto_core.library_types kto_core.out_of_memory kto_core.judgements kto_core.typed_json
+kto_core.redaction kto_core.interrupts kto_core.library_types kto_core.out_of_memory kto_core.judgements kto_core.typed_json
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.parquet_footers kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files

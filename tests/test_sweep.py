@@ -354,7 +354,7 @@ class TestKills:
         started = Started(config, path)
         wait_until(lambda: complete(config.out) >= 1)  # type: ignore[arg-type]
         started.fork.kill(by=signal.SIGTERM)  # as Ctrl-C, which shells let background jobs ignore
-        out = started.ends_with(130)
+        out = started.ends_with(143)
         assert "Interrupted. Finished work is kept; run the same command" in out
         assert "Traceback" not in out
 

@@ -500,7 +500,7 @@ class TestRunFolder:
             time.sleep(0.02)
         fork.kill(by=signal.SIGTERM)
         done = fork.wait(60)
-        assert done.returncode == 130
+        assert done.returncode == 143
         assert "with --resume to continue" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (out / ".lock").exists()

@@ -1,7 +1,6 @@
 """Define the command lines `kto-train`, `kto-sweep` and `kto-report`: parse options, make one call, print errors."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ import click
 
 from offline_kto.kto_core.console import shown_lines, warn
 from offline_kto.kto_core.errors import KTOError, printable
-from offline_kto.kto_core.launch import settle_launch, world_size
+from offline_kto.kto_core.interrupts import exit_code, raise_on_sigterm
+from offline_kto.kto_core.launch import is_first_process, settle_launch, world_size
 from offline_kto.kto_core.options import click_settings, flag, resolve
 from offline_kto.kto_core.runtime import keep_freed_memory, quiet_libraries, use_expandable_segments
 from offline_kto.kto_core.streams import own_streams
@@ -36,14 +36,15 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             if world_size() == 1:  # under a launcher the ranks wait for each other in native code
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent by schedulers; handled like Ctrl-C
+                raise_on_sigterm()
             with shown_lines():
                 return super().invoke(ctx)
         except KTOError as error:
             raise click.ClickException(str(error)) from None
-        except KeyboardInterrupt:
-            click.echo(f"\nInterrupted. Finished work is kept; {self.how_to_continue}.", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as error:
+            if is_first_process():
+                click.echo(f"\nInterrupted. Finished work is kept; {self.how_to_continue}.", err=True)
+            ctx.exit(exit_code(error))
 
 
 class _Choice(click.Choice[str]):
