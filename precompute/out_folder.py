@@ -11,11 +11,12 @@ from typing import Any
 from offline_kto.kto_core.cache.manifest import CHAT, MANIFEST, Manifest, parse_manifest, read_manifest
 from offline_kto.kto_core.cache.remote_cache import check_remote, working_folder
 from offline_kto.kto_core.cache.remote_folder import Remote
-from offline_kto.kto_core.cache.shards import read_metadata
+from offline_kto.kto_core.cache.remote_lock import RemoteLock
+from offline_kto.kto_core.cache.shards import WRITE_AGAIN, read_metadata
 from offline_kto.kto_core.durable_files import written_to
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.locations import Location, is_url
-from offline_kto.kto_core.lock import only_writer
+from offline_kto.kto_core.lock import LOCK, only_writer
 
 
 def check_out(location: Location) -> None:
@@ -33,14 +34,14 @@ def check_out(location: Location) -> None:
     if out.exists() and not out.is_dir():
         raise CacheError(f"--out {out}: a file of that name exists; choose another folder.")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
-        raise CacheError(f"--out {out}: no permission to write in {parent}.")
+    if parent.is_dir():
+        _check_writable(out, parent)
     if not parent.is_dir():
         raise CacheError(f"--out {out}: {parent} is a file.")
     if (out / "train").is_file() or (out / "train").is_symlink():
         raise CacheError(f"--out {out}: {out / 'train'} is a file or a link, where a cache has a folder. Remove it.")
-    if (out / "train").exists() and not os.access(out / "train", os.W_OK | os.X_OK):
-        raise CacheError(f"--out {out}: no permission to write in {out / 'train'}.")
+    if (out / "train").exists():
+        _check_writable(out, out / "train")
     for path in (out / MANIFEST, *(out / "train").glob("*")):
         if path.exists() and not path.is_file():
             raise CacheError(f"--out {out}: {path} is not a regular file. Remove it.")
@@ -54,6 +55,31 @@ def check_out(location: Location) -> None:
         raise CacheError(
             f"--out {out}: contains {sorted(foreign)[0]}, which is not part of a reference cache. Choose an empty folder."
         )
+
+
+def _check_writable(out: Path, folder: Path) -> None:
+    if os.access(folder, os.W_OK | os.X_OK):
+        return
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise CacheError(f"--out {out}: {folder} is on a file system that is mounted read-only. Choose another folder.")
+    raise CacheError(f"--out {out}: no permission to write in {folder}. Choose another folder.")
+
+
+def check_free(location: Location) -> None:
+    """Refuse a folder where another process is writing, or a URL where nothing can be written, before any work is done.
+
+    The lock is taken for a moment.
+
+    Raises:
+        CacheError: naming the other process, or what the store reports.
+    """
+    if is_url(location):
+        with RemoteLock(Remote(str(location))):
+            return
+    out = Path(location)
+    if (out / LOCK).exists():
+        with only_writer(out, CacheError):
+            return
 
 
 def rendered_on(location: Location) -> datetime | None:
@@ -143,7 +169,7 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def _written_to(out: Path) -> contextlib.AbstractContextManager[None]:
-    return written_to(out, CacheError, "Finished shards are kept; run again to continue.")
+    return written_to(out, CacheError, WRITE_AGAIN)
 
 
 NEXT = ".next"

@@ -86,18 +86,17 @@ def make_cache(config: PrecomputeConfig) -> None:
 
 
 def _check_cluster(files: ReferenceFiles) -> None:
-    """Check the address, and refuse to let a machine without a GPU choose precision and engine for workers that have one."""
+    """Refuse to let a machine without a GPU choose for workers that have one, and a cluster that cannot be reached."""
     config = files.config
     if config.cluster is None:
         return
-    check_cluster(config.cluster)
-    if files.device.type != "cpu" or config.device == "cpu":
-        return
-    if AUTO in (config.dtype, config.backend):
+    chooses = files.device.type == "cpu" and config.device != "cpu"
+    if chooses and AUTO in (config.dtype, config.backend):
         raise ConfigError(
             f"--cluster {config.cluster}: this machine has no GPU, so auto would choose --dtype float32 and --backend transformers for "
             "workers that have one. Name both, like --dtype bfloat16 --backend transformers, or add --device cpu."
         )
+    check_cluster(config.cluster)
 
 
 def _print_reference(files: ReferenceFiles, backend: Backend) -> None:

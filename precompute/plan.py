@@ -236,7 +236,7 @@ def _pair(config: PrecomputeConfig, reading: Reading, found: ReadRows) -> Pairin
         if lost := sum(found.dropped.values()):
             before.append(
                 f"Of {counted(found.read, 'row')} read, {lost:,} {'was' if lost == 1 else 'were'} dropped before: their prompts leave no "
-                f"room under --max-length {config.max_length}."
+                f"room under --max-length {config.max_length}, which may be raised."
             )
         raise PairingError(" ".join([f"{config.data}: {error}", *(f"({one})" for one in before)])) from error
 

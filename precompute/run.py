@@ -6,7 +6,7 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.launch import Launch, settle_launch
 from offline_kto.precompute.config import PrecomputeConfig
-from offline_kto.precompute.out_folder import check_out
+from offline_kto.precompute.out_folder import check_free, check_out
 
 # A launcher ends all processes as soon as one has ended.
 _SECONDS_TO_SPEAK = 3.0
@@ -24,6 +24,8 @@ def precompute(config: PrecomputeConfig) -> None:
     _refuse_launch(settle_launch())
     if config.numbered_part is None:
         check_out(config.out)
+        if not config.dry_run:
+            check_free(config.out)
         tell(f"starting    {config.data} -> {config.out}")
         from offline_kto.precompute.pipeline import make_cache  # imports torch and transformers, which takes seconds
 

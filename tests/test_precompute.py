@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import forks
 import numpy as np
@@ -35,6 +36,7 @@ from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.transformers_scorer import TransformersScorer
 from offline_kto.precompute.inspect_cache import head, verify
+from offline_kto.precompute.out_folder import check_out
 from offline_kto.precompute.plan import make_plan
 from offline_kto.precompute.run import precompute
 from offline_kto.precompute.store import Store
@@ -602,7 +604,7 @@ def test_a_scheduler_s_signal_ends_a_run_as_an_interrupt_does(tmp_path: Path, ba
         time.sleep(0.01)
     fork.kill(by=signal.SIGTERM)
     done = fork.wait(60)
-    assert done.returncode == 130
+    assert done.returncode == 143
     assert "Interrupted. Run the same command again to continue." in done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(r"^kept +\d+ of 300 rows \(\d+ of \d+ scores\)$", done.stdout, re.MULTILINE)
@@ -658,3 +660,13 @@ def test_head_shows_the_rows_of_the_plan(
     assert len(planned) == 3
     assert found == planned
     assert ("<|im_start|>" in planned[0][1]) == (options.get("chat") != "never")
+
+
+@pytest.mark.parametrize(("flag", "words"), [(os.ST_RDONLY, "mounted read-only"), (0, "no permission to write")])
+def test_a_folder_that_cannot_be_written_is_refused_with_its_reason(
+    flag: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda path: mock.Mock(f_flag=flag))
+    with pytest.raises(CacheError, match=f"--out .*/refs: .*{words}.*Choose another folder"):
+        check_out(tmp_path / "refs")

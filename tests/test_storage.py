@@ -476,6 +476,13 @@ class TestOneWriter:
             RemoteLock(Remote(URL)).__enter__()
         assert names(memory) == set()
 
+    def test_it_is_named_before_the_feedback_is_read(
+        self, config: PrecomputeConfig, memory: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("offline_kto.precompute.pipeline.make_plan", pytest.fail)
+        with RemoteLock(Remote(URL)), pytest.raises(CacheError, match=rf"process {os.getpid()} on .* is writing here"):
+            precompute(config)
+
     def test_a_lock_whose_owner_died_is_taken_over(self, memory: Any, capsys: pytest.CaptureFixture[str]) -> None:
         memory.pipe_file("/team/refs/.lock", json.dumps({"holder": "process 7 on \x1b[2Jmars", "token": "x"}).encode())
         with RemoteLock(Remote(URL)):
@@ -574,6 +581,7 @@ class TestS3:
     def test_a_store_that_cannot_be_used_is_one_message(
         self, url: str, bucket: Any, config: PrecomputeConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("offline_kto.precompute.pipeline.make_plan", pytest.fail)  # it is told before
         if url == "s3://bucket/refs":
             monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         with pytest.raises(CacheError, match=f"{url}: .*") as refused:

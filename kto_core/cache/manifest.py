@@ -38,6 +38,7 @@ from offline_kto.kto_core.cache.manifest_fields import (
     is_count,
     is_text,
 )
+from offline_kto.kto_core.cache.shards import WRITE_AGAIN
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import CacheError, NewerFormatError, printable, said_by
 from offline_kto.kto_core.foreign_files import MEGABYTE, read_foreign
@@ -209,9 +210,7 @@ def write_manifest(
     try:
         write_json(path, content)
     except OSError as error:
-        raise CacheError(
-            f"{path}: cannot be written: {error}. Finished shards are kept; run again to continue."
-        ) from error
+        raise CacheError(f"{path}: cannot be written: {error}. {WRITE_AGAIN}") from error
 
 
 def read_manifest(folder: Path) -> Manifest:

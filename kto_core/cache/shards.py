@@ -91,6 +91,9 @@ _SMALL, _MOST_PACKED, _LONGEST_ID = 2**24, 500, 256
 
 METADATA_KEY = b"kto"
 
+# What to do when a file of a cache cannot be written.
+WRITE_AGAIN = "Finished shards are kept: make room there, or correct its permissions, and run again to continue."
+
 _AGAIN = "This is not a shard that kto-precompute wrote; run it again."
 
 
@@ -124,9 +127,7 @@ def write_table(path: Path, table: pa.Table, metadata: Mapping[str, object]) -> 
             )
             check_table(pq.read_table(temporary, page_checksum_verification=True), path.name)
     except OSError as error:
-        raise CacheError(
-            f"{path}: cannot be written: {error}. Finished shards are kept; run again to continue."
-        ) from error
+        raise CacheError(f"{path}: cannot be written: {error}. {WRITE_AGAIN}") from error
 
 
 def schema_of(rows: Sequence[CacheRow], where: str) -> pa.Schema:

@@ -134,7 +134,9 @@ class Reference(ReferenceFiles):
             warnings += check_tokenizer_code(folder, type(tokenizer).__name__)
         longest = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
-            raise ModelError(f"--max-length {config.max_length}: this model has positions for {longest} tokens.")
+            raise ModelError(
+                f"--max-length {config.max_length}: this model has positions for {longest} tokens. Use --max-length {longest} or less."
+            )
         attention = choose_attention(
             config.attention,
             shape,
