@@ -8,11 +8,14 @@ leader  -- open, score, news, stop -->  actor, a process on a node
         <-- place, answer, tokens and lines --
 """
 
+import atexit
 import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from offline_kto.kto_core.console import LOGGER
-from offline_kto.kto_core.errors import ConfigError, KTOError, in_one_line, printable
+from offline_kto.kto_core.errors import ConfigError, KTOError, ModelError, in_one_line, printable
 from offline_kto.kto_core.streams import library_output_in
 from offline_kto.precompute.worker import SECONDS_TO_STOP, LoggedLines, ShardWorker, StoppedError, kept_error
 from offline_kto.precompute.workers import (
@@ -43,6 +46,9 @@ from offline_kto.precompute.workers import (
 
 _SECONDS_BETWEEN_NEWS = 2.0
 _SECONDS_TO_CONNECT = 10.0
+# Ray ends this process without a message a minute after its head was lost: by then the workers were told to stop.
+_SECONDS_WITHOUT_HEAD = 40.0
+_SECONDS_TO_STOP_WITHOUT_HEAD = 10.0
 # Ray still lists a node that is gone until it has missed health checks: 13 s measured, 25 s by Ray's defaults.
 _SECONDS_UNTIL_NODE_IS_KNOWN_DEAD = 30.0
 
@@ -76,6 +82,13 @@ class _Opened(NamedTuple):
     log: str
 
 
+class _Scored(NamedTuple):
+    """A worker's answer, and the tokens that it has scored since its start."""
+
+    answer: Answer
+    tokens: int
+
+
 class _Actor:
     """A worker's process. Two threads run its methods: `news` and `stop` answer while `score` runs.
 
@@ -98,10 +111,10 @@ class _Actor:
             return kept_error(error)
         return _Opened(self._engine.place, os.path.realpath("/proc/self/fd/2"))
 
-    def score(self, task: Task) -> Answer | KTOError | None:
+    def score(self, task: Task) -> _Scored | KTOError | None:
         """Score a shard; None if the worker was stopped meanwhile."""
         try:
-            return self._engine.score(task, self._add)
+            return _Scored(self._engine.score(task, self._add), self._tokens)
         except StoppedError:
             return None
         except KTOError as error:
@@ -139,6 +152,14 @@ class _Worker:
     tokens: int = 0
 
 
+@dataclass
+class _Log:
+    """The log of what Ray prints in this process; `is_named` once a message names it."""
+
+    file: IO[str]
+    is_named: bool = False
+
+
 class RayWorkers:
     """Workers on a Ray cluster; see `offline_kto.precompute.workers.Workers`.
 
@@ -154,32 +175,34 @@ class RayWorkers:
     """
 
     def __init__(self, address: str, open_engine: Opener, *, gpus: int) -> None:
-        self._ray = _import_ray()
+        self._ray, self._address = _import_ray(), printable(address, 100)
         self._open_engine, self._gpus = open_engine, gpus
         self._workers: dict[str, _Worker] = {}
         self._calls: dict[Any, tuple[str, str]] = {}  # what is awaited -> worker and method
         self._started = 0
         self._last_news = float("-inf")
         self._suspects: dict[str, float] = {}  # nodes that are perhaps gone -> until when
+        self._is_head_lost = False
         with contextlib.ExitStack() as undo:
-            self._log_file = undo.enter_context(_ray_output_in_log())
+            self._log = undo.enter_context(_ray_output_in_log())
             undo.callback(self._disconnect)
-            with redirect_stdout(self._log_file), redirect_stderr(self._log_file):
-                _connect(self._ray, address)
+            _connect(self._ray, address, self._log)
             self._undo = undo.pop_all()
 
     @property
     def log(self) -> Path:
         """Ray's own output in this process."""
-        return Path(self._log_file.name)
+        return Path(self._log.file.name)
 
     @property
     def room(self) -> int:
         return sum(node.room for node in self._nodes())
 
     def _disconnect(self) -> None:
-        with redirect_stdout(self._log_file), redirect_stderr(self._log_file):  # it prints what it held back
-            self._ray.shutdown()
+        if self._is_head_lost:
+            _end_without_head(self._ray)
+            return
+        _shut_down(self._ray, self._log)
 
     def grow(self, wanted: int, avoid: Collection[str]) -> int:
         held = Counter(worker.node.id for worker in self._workers.values())
@@ -190,12 +213,27 @@ class RayWorkers:
                 self._start(node)
         return len(self._workers)
 
-    def _nodes(self) -> list[_Node]:
+    def _nodes(self, seconds: float | None = None) -> list[_Node]:
+        """Return the living nodes. Raises: ModelError: Ray's head does not answer within some seconds."""
+        with self._head_lost_in_words():
+            nodes = _answer_within(seconds or _SECONDS_WITHOUT_HEAD, self._ray.nodes)
         return [
             _Node(node["NodeID"], node["NodeName"], _room(node["Resources"], self._gpus))
-            for node in self._ray.nodes()
+            for node in nodes
             if node["Alive"]
         ]
+
+    @contextlib.contextmanager
+    def _head_lost_in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConnectionError, TimeoutError) as error:  # of a client (ray://), or nothing was heard
+            self._is_head_lost = True
+            raise ModelError(
+                f"--cluster {self._address}: Ray's head does not answer any more. Finished scores are kept. Start a cluster, and run "
+                "the same command again: it continues with the shards that are left. The head's log, on its machine: "
+                "/tmp/ray/session_latest/logs/gcs_server.out"
+            ) from error
 
     def _start(self, node: _Node) -> None:
         resources: dict[str, float] = {"num_gpus": self._gpus, "num_cpus": 0} if self._gpus else {"num_cpus": 1}
@@ -218,6 +256,10 @@ class RayWorkers:
         self._call(worker, "score", task)
 
     def wait(self, seconds: float) -> list[Event]:
+        with self._head_lost_in_words():
+            return self._wait(seconds)
+
+    def _wait(self, seconds: float) -> list[Event]:
         deadline = time.monotonic() + seconds
         while True:
             self._ask_for_news()
@@ -266,13 +308,14 @@ class RayWorkers:
             case _Opened():
                 one.log = f"{found.log} on {one.node.name}"
                 yield Ready(worker, found.place._replace(node=one.node.name))
-            case Answer():
-                yield Answered(worker, found)
+            case _Scored(answer, tokens):
+                one.tokens = tokens  # the answer has them, so that older news, which may come later, add none
+                yield Answered(worker, answer)
             case (tokens, lines):
-                fresh, one.tokens = tokens - one.tokens, tokens
                 yield from (Said(worker, line) for line in lines)
-                if fresh and any(what == (worker, "score") for what in self._calls.values()):
-                    yield Scored(worker, fresh)
+                if tokens > one.tokens:
+                    yield Scored(worker, tokens - one.tokens)
+                    one.tokens = tokens
 
     def _lost(self, worker: str, error: Exception) -> Lost:
         """Forget a worker. Its node lives on if Ray could tell how the process ended; a node that is gone tells nothing."""
@@ -285,24 +328,59 @@ class RayWorkers:
         why = "its process died" if is_node_alive else "its node is gone"
         if getattr(error, "preempted", False):
             why = "preempted"
+        if is_node_alive and not one.log:
+            self._log.is_named = True
         log = one.log or str(self.log)
         return Lost(worker, one.node.name, why, is_node_alive, log if is_node_alive else "")
 
     def _end(self, worker: str) -> None:
         one = self._workers.pop(worker)
         self._calls = {call: what for call, what in self._calls.items() if what[0] != worker}
+        if self._is_head_lost:  # it would be the one to end it
+            return
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(one.handle)
 
     def stop(self) -> None:
-        with self._undo:
+        with self._undo, contextlib.suppress(ConnectionError):
+            if not self._is_head_lost:
+                with contextlib.suppress(ModelError):
+                    self._nodes(_SECONDS_TO_STOP_WITHOUT_HEAD)
             busy = [call for call, (_, method) in self._calls.items() if method == "score"]
             for worker in self._workers:
                 self._call(worker, "stop")
             if busy:
-                self._ray.wait(busy, num_returns=len(busy), timeout=SECONDS_TO_STOP)
+                seconds = _SECONDS_TO_STOP_WITHOUT_HEAD if self._is_head_lost else SECONDS_TO_STOP
+                self._ray.wait(busy, num_returns=len(busy), timeout=seconds)
             for worker in list(self._workers):
                 self._end(worker)
+
+
+def _end_without_head(ray: Any) -> None:
+    """Let this process end at once when it ends: Ray would wait for the head, then end it without a message, or crash."""
+    sys.excepthook = sys.__excepthook__  # Ray's would report an error to the head
+    atexit.unregister(ray.shutdown)
+    atexit.register(os._exit, 1)
+
+
+def _answer_within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """Return what `ask` returns, or raise what it raises. Raises: TimeoutError: it took longer; it may never return."""
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            answers.put((None, error))
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return found
 
 
 def _import_ray() -> Any:
@@ -314,13 +392,18 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, address: str) -> None:
-    """Connect to a cluster, and keep our handler of SIGTERM: Ray's exits without a message."""
+def _connect(ray: Any, address: str, log: _Log) -> None:
+    """Connect to a cluster, and keep our handler of SIGTERM: Ray's exits without a message.
+
+    Raises:
+        ConfigError: there is none, or it has other versions.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if address != "auto":
             _check_reachable(address)
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with redirect_stdout(log.file), redirect_stderr(log.file):
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _unreachable(address, error) from error
     finally:
@@ -328,18 +411,23 @@ def _connect(ray: Any, address: str) -> None:
             signal.signal(signal.SIGTERM, handler)
 
 
+def _shut_down(ray: Any, log: _Log) -> None:
+    with redirect_stdout(log.file), redirect_stderr(log.file):  # it prints what it held back
+        ray.shutdown()
+
+
 def check_cluster(address: str) -> None:
-    """Refuse an address where nothing listens, before the feedback is read.
+    """Connect to a cluster for a moment, before the feedback is read.
 
     Raises:
-        ConfigError: it is refused, or Ray is not installed.
+        ConfigError: no cluster is there, it has other versions, or Ray is not installed.
     """
-    _import_ray()
-    try:
-        if address != "auto":
-            _check_reachable(address)
-    except (OSError, ValueError) as error:
-        raise _unreachable(address, error) from error
+    ray = _import_ray()
+    with _ray_output_in_log() as log:
+        try:
+            _connect(ray, address, log)
+        finally:
+            _shut_down(ray, log)
 
 
 def _unreachable(address: str, error: Exception) -> ConfigError:
@@ -363,19 +451,26 @@ def _room(resources: Mapping[str, float], gpus: int) -> int:
 
 
 @contextlib.contextmanager
-def _ray_output_in_log() -> Iterator[IO[str]]:
+def _ray_output_in_log() -> Iterator[_Log]:
     """Send what Ray prints in this process to a log file: sixty lines for one lost node.
 
-    The file is removed if the block ends without an error.
+    The file is removed when the block ends, unless it contains something and either a message names it or an error ends the
+    block.
     """
-    log = Path(tempfile.mkstemp(prefix="kto-precompute-ray-", suffix=".log")[1])
-    with log.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        handler, logger = logging.StreamHandler(file), logging.getLogger("ray")
+    path = Path(tempfile.mkstemp(prefix="kto-precompute-ray-", suffix=".log")[1])
+    with contextlib.ExitStack() as stack:
+        log = _Log(stack.enter_context(path.open("w", encoding="utf-8", errors="backslashreplace")))
+        handler, logger = logging.StreamHandler(log.file), logging.getLogger("ray")
         handlers, propagate = logger.handlers, logger.propagate
         logger.handlers, logger.propagate = [handler], False
         try:
-            with library_output_in(file, threads="ray_"):
-                yield file
+            with library_output_in(log.file, threads="ray_"):
+                yield log
+        except BaseException:
+            log.is_named = True
+            raise
         finally:
             logger.handlers, logger.propagate = handlers, propagate
-    log.unlink()
+            log.file.flush()
+            if not (log.is_named and path.stat().st_size):
+                path.unlink()

@@ -1,15 +1,18 @@
 """What `--cluster` refuses before anything is read."""
 
 import dataclasses
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.ray_workers import RayWorkers, _answer_within, _Node, _Scored, _Worker
 from offline_kto.precompute.run import precompute
-from offline_kto.precompute.workers import WorkerSettings
+from offline_kto.precompute.workers import Answer, Answered, Event, Said, Scored, WorkerSettings
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,54 @@ def test_a_machine_without_a_gpu_does_not_choose_for_workers_that_have_one(
     for named in ({}, {"dtype": "bfloat16"}, {"backend": "transformers"}):
         with pytest.raises(ConfigError, match="Name both, like --dtype bfloat16 --backend transformers"):
             precompute(dataclasses.replace(config, **named))
+
+
+def test_a_cluster_that_is_not_there_is_told_before_the_feedback_is_read(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+
+    def init(**options: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("offline_kto.precompute.pipeline.make_plan", pytest.fail)
+    config = PrecomputeConfig(model=str(base), data="f.jsonl", out=tmp_path / "refs", cluster="auto", device="cpu")
+    with pytest.raises(ConfigError, match="--cluster auto: no Ray cluster can be reached there: Could not find"):
+        precompute(config)
+    assert list(tmp_path.glob("*.log")) == []
+
+
+def test_news_add_no_tokens_that_an_answer_has() -> None:
+    """A worker counts on from shard to shard; the tokens after its last news are told by its answer."""
+    errors = SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError)
+    workers = RayWorkers.__new__(RayWorkers)
+    workers._ray = SimpleNamespace(get=lambda call: call, exceptions=errors)
+    workers._workers = {"w": _Worker(None, _Node("id", "node", 1))}
+    answer = Answer(True, 1, 1, "", 1, 20, 1.0, None)
+
+    def take(found: object, method: str) -> list[Event]:
+        workers._calls = {found: ("w", method)}
+        return [*workers._take(found)]
+
+    assert take((12, ()), "news") == [Scored("w", 12)]
+    assert take(_Scored(answer, 20), "score") == [Answered("w", answer)]
+    assert take((20, ("a line",)), "news") == [Said("w", "a line")]
+    assert take((25, ()), "news") == [Scored("w", 5)]
+
+
+def test_a_head_that_does_not_answer_is_lost() -> None:
+    def refuse() -> None:
+        raise ConnectionError("gone")
+
+    assert _answer_within(60.0, lambda: "nodes") == "nodes"
+    with pytest.raises(ConnectionError, match="gone"):
+        _answer_within(60.0, refuse)
+    answered = threading.Event()
+    with pytest.raises(TimeoutError):
+        _answer_within(0.01, answered.wait)
+    answered.set()
 
 
 def test_workers_get_absolute_paths(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,16 @@ def nodes() -> Iterator[Nodes]:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
+class Watched(Progress):
+    """Remembers the most that it ever showed."""
+
+    most = 0
+
+    def add(self, count: int) -> None:
+        super().add(count)
+        self.most = max(self.most, self.done)
+
+
 class Run:
     """A leader's run over some shards, with what happened in it."""
 
@@ -79,7 +89,7 @@ class Run:
         self._on_finish[finished] = act
 
     def run(self) -> Leader:
-        with Progress("scoring", 100, "tokens") as progress:
+        with Watched("scoring", 100, "tokens") as progress:
             leader = Leader(
                 self.workers,
                 range(self._shards),
@@ -94,7 +104,7 @@ class Run:
                 leader.run()
             finally:
                 self.workers.stop()
-        self.seconds, self.done = leader.seconds, progress.done
+        self.seconds, self.done, self.most_done = leader.seconds, progress.done, progress.most
         return leader
 
     def _finish(self, index: int, answer: Answer) -> None:
@@ -121,7 +131,7 @@ def test_workers_take_every_shard_once_and_report_tokens(nodes: Nodes, tmp_path:
     assert sorted(run.finished) == list(range(8))
     assert len(processes(tmp_path)) == 2
     assert begun(tmp_path) == 8
-    assert run.done == 8 * 20
+    assert run.done == run.most_done == 8 * 20
     assert sum(one["shards"] for one in leader.worker_fields()) == 8
     # 8 shards of a second: one worker alone would take 8 s.
     assert 4.0 <= run.seconds < 8.0
