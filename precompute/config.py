@@ -24,6 +24,9 @@ CHAT = (AUTO, "always", "never")
 VOTES = (SHARE, COUNT, UNANIMOUS)
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
+# Options that change neither rows nor scores: where and by whom the work is done.
+OF_THE_RUN = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
+
 
 @dataclass(frozen=True)
 class PrecomputeConfig:

@@ -98,6 +98,7 @@ class LocalWorkers:
         self._node = socket.gethostname()
         self._children: dict[str, tuple[int, ChildProcess]] = {}  # by name, with the position of its GPUs
         self._started = 0
+        self._without_scores: set[str] = set()  # workers that start, or have scored nothing of their shard yet
 
     @property
     def room(self) -> int:
@@ -113,7 +114,9 @@ class LocalWorkers:
     def _start(self, slot: int) -> None:
         child = ChildProcess(__name__, "main", environment=self._environment(self._gpus[slot]))
         self._started += 1
-        self._children[f"worker {self._started}"] = slot, child
+        name = f"worker {self._started}"
+        self._children[name] = slot, child
+        self._without_scores.add(name)
         self._send(child, self._settings._asdict())
 
     def _environment(self, gpus: Sequence[int] | None) -> dict[str, str]:
@@ -124,6 +127,7 @@ class LocalWorkers:
         return {"CUDA_VISIBLE_DEVICES": ",".join(names[gpu] if names else str(gpu) for gpu in gpus)}
 
     def submit(self, worker: str, task: Task) -> None:
+        self._without_scores.add(worker)
         self._send(self._children[worker][1], task._asdict())
 
     def _send(self, child: ChildProcess, content: Mapping[str, object]) -> None:
@@ -144,6 +148,8 @@ class LocalWorkers:
             message = json.loads(child.channel.recv_bytes())
         except (ConnectionError, EOFError):
             return self._lost(worker)
+        if "said" not in message:
+            self._without_scores.discard(worker)
         match message:
             case {"ready": place}:
                 return Ready(worker, WorkerPlace(**place))
@@ -159,9 +165,9 @@ class LocalWorkers:
 
     def _lost(self, worker: str) -> Lost:
         child = self._children[worker][1]
-        why = child.signal_name() or "for a reason that its log has"
+        why = child.signal_name() or "by itself"
         self._end(worker)
-        return Lost(worker, self._node, why, is_node_alive=True, log=str(child.log))
+        return Lost(worker, self._node, why, is_node_alive=True, log=child.kept_log())
 
     def _end(self, worker: str) -> None:
         _, child = self._children.pop(worker)
@@ -170,6 +176,9 @@ class LocalWorkers:
 
     def stop(self) -> None:
         children = [child for _, child in self._children.values()]
+        for name, (_, child) in self._children.items():
+            if name in self._without_scores:  # it might import libraries or load the model for minutes
+                child.end(0.0)
         for child in children:
             try:
                 child.channel.send_bytes(b"")

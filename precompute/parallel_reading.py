@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.library_types import Tokenizer
@@ -65,6 +66,9 @@ def read_feedback(
     part_config = None if workers == 1 else reading.feedback.for_parts()
     ranges = None if part_config is None else divided(config.data, config.split, _part_bytes(size, workers))
     if part_config is None or ranges is None or len(ranges) == 1:
+        if (config.read_workers or 1) > 1:
+            why = _why_in_one(config, ranges is not None)
+            tell(f"reading     in one process, although --read-workers is {config.read_workers}: {why}")
         with Spool(folders[0], config.max_length) as spool:
             rows = reading.read_all(spool)
         yield Found(rows, reading, today)
@@ -81,6 +85,13 @@ def read_feedback(
             parts.remove()
             raise
         parts.remove()
+
+
+def _why_in_one(config: PrecomputeConfig, is_lines: bool) -> str:
+    """Return why the feedback is not read in parts."""
+    if config.limit is not None:
+        return f"--limit {config.limit} stops at a record"
+    return "it is too small to be divided" if is_lines else "only plain JSON Lines can be divided"
 
 
 def _part_bytes(size: int, workers: int) -> int:
@@ -112,6 +123,8 @@ def _read_parts(
     """Yield the parts in their order, with the files of their rows."""
     missing = [number for number in range(len(ranges)) if not files.has(number)]
     done = set(range(len(ranges))).difference(missing)
+    if done:
+        tell(f"resuming    {len(done)} of {len(ranges)} parts of the feedback are already read")
     with contextlib.ExitStack() as stack:
         if model is None or not missing:
             reader = PartReader(config, tokenizer, files)
@@ -120,7 +133,7 @@ def _read_parts(
             pool = PartWorkers(config, tokenizer, files, model, min(workers, len(missing)))
             finished = stack.enter_context(pool).read([(number, ranges[number]) for number in missing])
         progress = stack.enter_context(Progress("reading", sum(one.end - one.start for one in ranges), "B"))
-        progress.add(sum(ranges[number].end - ranges[number].start for number in done))
+        progress.skip(sum(ranges[number].end - ranges[number].start for number in done))
         for number, lines in enumerate(ranges):
             while number not in done:
                 done.add(another := next(finished))

@@ -27,7 +27,7 @@ from offline_kto.kto_core.lock import is_held, only_writer
 from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.runtime import no_garbage_collection
 from offline_kto.kto_core.typed_json import from_json, to_json
-from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.config import OF_THE_RUN, PrecomputeConfig
 from offline_kto.precompute.reading import Reading, ReadPart
 from offline_kto.precompute.records.line_ranges import LineRange
 from offline_kto.precompute.records.sources import SourceFile
@@ -37,8 +37,6 @@ _PREFIX = "kto-reading-"
 _RUN = "run.json"
 # Seconds after which the folder of an interrupted command is removed by another one.
 _STALE = 7 * 24 * 3600
-# Options that change no row.
-_WITHOUT_EFFECT = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
 _LIBRARIES = ("offline-kto", "transformers", "tokenizers", "jinja2", "pyarrow")
 # Files beside the data that say how to read it.
 _BESIDE = ("dataset_info.json", "dataset_infos.json")
@@ -58,7 +56,7 @@ def parts_key(
         files: of the data, with their hashes.
         day: that chat templates write, if it is given.
     """
-    options = {name: value for name, value in as_plain(config).items() if name not in _WITHOUT_EFFECT}
+    options = {name: value for name, value in as_plain(config).items() if name not in OF_THE_RUN}
     data = Path(config.data).absolute()
     beside = [folder / name for folder in {one.parent for one in _parents(ranges)} for name in _BESIDE]
     other = sorted({data, *beside, *([] if config.map is None else [Path(config.map)])} - {data})
@@ -135,8 +133,12 @@ class PartFiles:
         return self.folder / f"{number:05}.json"
 
     def has(self, number: int) -> bool:
-        """Return whether a part is complete."""
+        """Return whether this part is complete."""
         return self._counts(number).is_file() and self.rows(number).is_file()
+
+    def has_any(self) -> bool:
+        """Return whether any part is complete."""
+        return any(self.folder.glob("[0-9]*.json"))
 
     def load(self, number: int) -> ReadPart:
         """Return what was counted in a part."""

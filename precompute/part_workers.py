@@ -70,7 +70,7 @@ class PartWorkers:
         self._settings = ReaderSettings(
             as_plain(config), str(files.folder), files.day.isoformat(), str(model.absolute()), _hash(tokenizer)
         )
-        self._count = count
+        self._files, self._count = files, count
         self._children: dict[Connection, ChildProcess] = {}
 
     def __enter__(self) -> "PartWorkers":
@@ -78,9 +78,8 @@ class PartWorkers:
 
     def __exit__(self, *error: object) -> None:
         for child in self._children.values():
-            child.channel.close()  # it ends at once
-        for child in self._children.values():
-            child.end()
+            child.channel.close()
+            child.end(0.0)  # while it imports its libraries it would not notice the end of the channel
             child.log.unlink()
 
     def read(self, parts: Sequence[tuple[int, LineRange]]) -> Iterator[int]:
@@ -118,13 +117,15 @@ class PartWorkers:
         try:
             message = json.loads(child.channel.recv_bytes())
         except (ConnectionError, EOFError):
-            why = child.signal_name() or "its log has the reason"
+            why = child.signal_name() or "by itself"
             self._children.pop(child.channel)
             child.channel.close()
             child.end()
+            log = child.kept_log()
+            again = "continues with the parts that are left" if self._files.has_any() else "starts again"
             raise CacheError(
-                f"A process that reads the feedback has ended ({why}). The same command continues with the parts that are left; "
-                f"--read-workers 1 reads in one process. Its log: {child.log}"
+                f"A process that reads the feedback has ended ({why}). The same command {again}; "
+                f"--read-workers 1 reads in one process.{f' Its log: {log}' if log else ''}"
             ) from None
         if "error" in message:
             raise from_json(SaidError, message["error"]).error()

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
 from offline_kto.kto_core.errors import KTOError
 from offline_kto.kto_core.options import as_plain
-from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.config import OF_THE_RUN, PrecomputeConfig
 
-# Options of the leader that a worker does not have.
-_OF_LEADER = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
 # Options that name a file or a folder, or something that is none.
 _PATHS = ("model", "adapter", "chat_template")
 
@@ -183,7 +181,7 @@ class WorkerSettings(NamedTuple):
     @classmethod
     def of(cls, config: PrecomputeConfig, out: str) -> "WorkerSettings":
         """Return the settings for a worker of a run. Paths are absolute, because it may run in another folder."""
-        options = {name: value for name, value in as_plain(config).items() if name not in _OF_LEADER}
+        options = {name: value for name, value in as_plain(config).items() if name not in OF_THE_RUN}
         for name in _PATHS:
             if options[name] is not None and Path(options[name]).exists():
                 options[name] = os.path.abspath(options[name])

@@ -17,6 +17,7 @@ from models import random_rows
 from offline_kto.kto_core.errors import ModelError
 from offline_kto.kto_core.options import as_plain
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines import child_process
 from offline_kto.precompute.engines.backend import Backend, choose_backend, load_transformers, vllm_engine
 from offline_kto.precompute.engines.comparison import LIMITS, ComparedScorer, DisagreementError, choose_sample
 from offline_kto.precompute.engines.process import engine_process
@@ -128,25 +129,30 @@ class TestChild:
         assert sum(told) == sum(len(x) + len(y) for x, y in [*rows, *rows[:2]])
 
     @pytest.mark.slow
-    def test_an_error_of_the_user_s_comes_back_as_one(self, settings: dict[str, Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("printed", ["", "libraries say much"])
+    def test_an_error_of_the_user_s_comes_back_as_one(
+        self, printed: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The log is named, and kept, if there is something in it."""
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        monkeypatch.setattr(child_process, "_CHILD", f"print({printed!r}, end='')\n" + child_process._CHILD)
         settings["options"]["model"] = str(tmp_path / "gone")
         with (
-            pytest.raises(ModelError, match=r"gone: no such model folder.* Its log: ") as caught,
+            pytest.raises(ModelError, match=r"gone: no such model folder") as caught,
             engine_process(settings, name="the engine") as engine,
         ):
             scores_of(engine, random_rows(2))
-        log = Path(str(caught.value).split("Its log: ")[1])
-        assert log.exists()
-        log.unlink()
+        logs = list(tmp_path.glob("*.log"))
+        assert [log.read_text() for log in logs] == [printed] * bool(printed)
+        assert str(caught.value).split(" Its log: ")[1:] == [*map(str, logs)]
 
     def test_scores_that_disagree_stay_known_as_such(self, settings: dict[str, Any]) -> None:
         """Their shard is thrown away, so whoever keeps scores has to recognise the error."""
         with (
-            pytest.raises(DisagreementError, match=r"too far apart\. Its log: ") as caught,
+            pytest.raises(DisagreementError, match=r"too far apart\."),
             engine_process(settings, name="the engine"),
         ):
             raise DisagreementError("too far apart.")
-        Path(str(caught.value).split("Its log: ")[1]).unlink()
 
     @pytest.mark.slow
     def test_an_engine_that_is_killed(self, settings: dict[str, Any]) -> None:

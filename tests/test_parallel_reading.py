@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -25,10 +26,12 @@ from hypothesis import strategies as st
 from models import CHAT_TEMPLATE, tiny_tokenizer
 
 from offline_kto.kto_core.cache.manifest import read_manifest
+from offline_kto.kto_core.console import shown_lines
 from offline_kto.kto_core.errors import CacheError, KTOError
 from offline_kto.kto_core.typed_json import from_json, to_json
 from offline_kto.precompute import parallel_reading, part_workers
 from offline_kto.precompute.config import PrecomputeConfig
+from offline_kto.precompute.engines import child_process
 from offline_kto.precompute.feedback import agreement, contradictions, suspicions, used_columns
 from offline_kto.precompute.feedback.agreement import Agreement
 from offline_kto.precompute.part_files import PartFiles
@@ -547,12 +550,43 @@ def test_a_lost_process_is_an_error_with_its_log(
         return number
 
     monkeypatch.setattr(part_workers.PartWorkers, "_hear", killing)
+    monkeypatch.setattr(child_process, "_CHILD", "print('libraries say much', flush=True)\n" + child_process._CHILD)
     with pytest.raises(CacheError, match=r"has ended \(SIGKILL.*read-workers 1.*Its log: ") as error:
         plan_with_workers(config_of(tmp_path, base, chat_rows(40)), base)
     Path(str(error.value).rpartition("log: ")[2]).unlink()
-    left = list((tmp_path / "temporary").glob("kto-reading-*/*.json"))
+    left = list((tmp_path / "temporary").glob("kto-reading-*/[0-9]*.json"))
     assert left  # for the same command
+    assert "The same command continues with the parts that are left" in str(error.value)
     monkeypatch.undo()
+
+
+def test_a_process_that_is_lost_before_any_part_is_read(
+    tmp_path: Path, base: Path, parts_of: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts_of(500)
+    monkeypatch.setattr(child_process, "_CHILD", "raise SystemExit({module!r} == {function!r})")
+    with pytest.raises(
+        CacheError, match=r"has ended \(by itself\)\. The same command starts again; --read-workers 1"
+    ) as error:
+        plan_with_workers(config_of(tmp_path, base, chat_rows(40)), base)
+    assert "Its log" not in str(error.value)  # which is empty
+    assert not list((tmp_path / "temporary").glob("*.log"))
+
+
+def test_one_process_in_spite_of_an_option_is_told(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path, base, chat_rows(40))
+    packed = tmp_path / "feedback.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(config.data).read_bytes()))
+    for data, limit, why in (
+        (str(packed), None, "only plain JSON Lines can be divided"),
+        (config.data, None, "it is too small to be divided"),
+        (config.data, 20, "--limit 20 stops at a record"),
+    ):
+        with shown_lines():
+            plan_with_workers(dataclasses.replace(config, data=data, limit=limit), base)
+        assert f"reading     in one process, although --read-workers is 2: {why}\n" in capsys.readouterr().out
 
 
 _COMMAND = """

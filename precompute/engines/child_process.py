@@ -65,6 +65,13 @@ class ChildProcess:
                 return f"{name}{': perhaps the system was out of memory' if name == 'SIGKILL' else ''}"
         return ""
 
+    def kept_log(self) -> str:
+        """Return the log's path for a message; if the child printed nothing, remove the log and return an empty text."""
+        if self.log.stat().st_size:
+            return str(self.log)
+        self.log.unlink()
+        return ""
+
     def end(self, seconds: float = _SECONDS_TO_END) -> None:
         """Wait for the child to end; kill it and all of its workers if it takes longer."""
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -38,8 +38,10 @@ def engine_process(settings: EngineSettings, *, name: str) -> Iterator[RemoteSco
             child.log.unlink()
             raise
         ending = child.signal_name()
-        raise type(error)(f"{error}{f' ({ending})' if ending else ''}{_LOG}{child.log}") from error
+        log = child.kept_log()
+        raise type(error)(f"{error}{f' ({ending})' if ending else ''}{f'{_LOG}{log}' if log else ''}") from error
     except BaseException:
+        child.end(0.0)  # while it imports its libraries it would not notice the end of the channel
         child.log.unlink()
         raise
     else:
