@@ -65,6 +65,7 @@ class Needs:
         files: returns the scored files on disk.
 
     Attributes:
+        width: number of sequences of each row.
         wanted: number of sequences in missing shards.
         known: how many of them have a score on disk.
         unknown_tokens: tokens in the others.
@@ -81,9 +82,9 @@ class Needs:
         files: Callable[[], Iterable[ScoredFile]],
     ) -> None:
         self._plan, self._shards, self._keys = plan, shards, keys
-        self._width = table.ids.shape[1]
+        self.width = table.ids.shape[1]
         self._ids, self._tokens = table.ids.reshape(-1), table.tokens.reshape(-1)
-        self._per_shard = len(shards[0]) * self._width
+        self._per_shard = len(shards[0]) * self.width
         equal = EqualIds.of(self._ids)
         self._first = equal.firsts()
         # Of a sequence that several missing shards need, its place in the first of them, under its first place of all.
@@ -107,7 +108,7 @@ class Needs:
     def _places(self, number: int) -> np.ndarray:
         """Return the places of a shard's sequences in all sequences of the plan."""
         rows = self._shards[number]
-        return np.arange(rows.start * self._width, rows.stop * self._width)
+        return np.arange(rows.start * self.width, rows.stop * self.width)
 
     def _search(self, files: Iterable[ScoredFile], index: IdIndex, wanted: np.ndarray) -> None:
         number_of = {key: number for number, key in enumerate(self._keys)}
@@ -178,31 +179,36 @@ class Needs:
         first = self._scored_by(number)
         return int(self._tokens[first[self._unknown[first]]].sum(dtype=np.int64))
 
-    def lent_by(self, number: int) -> list[str]:
-        """Return the ids of the sequences of a shard whose scores other missing shards need when it is complete."""
-        first = self._scored_by(number)
-        return [self._name(place) for place in first[self._lent[first]].tolist()]
+    def lent_by(self, number: int) -> np.ndarray:
+        """Return which sequences of a shard, by their places in it, have scores that other missing shards need."""
+        lent = self._lent_first(number)
+        first, at = np.unique(self._first[self._places(number)], return_index=True)
+        return at[np.searchsorted(first, lent)]
 
-    def complete(self, number: int, scores: Mapping[str, np.ndarray]) -> None:
+    def _lent_first(self, number: int) -> np.ndarray:
+        first = self._scored_by(number)
+        return first[self._lent[first]]
+
+    def complete(self, number: int, scores: Sequence[np.ndarray]) -> None:
         """Note that a shard is complete.
 
         Args:
-            scores: those of `lent_by`, and maybe others.
+            scores: those of `lent_by`.
         """
+        self._scores.update(zip(self._lent_first(number).tolist(), scores, strict=True))
         first = self._scored_by(number)
         self._unknown[first] = False
-        self._scores.update((place, scores[self._name(place)]) for place in first[self._lent[first]].tolist())
         self._found.forget(first)  # its parts are removed
 
     def unscored(self) -> "PlannedSequences":
         """Return the sequences that have no score, in the order of the plan."""
-        return PlannedSequences(self._plan, self._in_missing[np.flatnonzero(self._unknown)], self._width)
+        return PlannedSequences(self._plan, self._in_missing[np.flatnonzero(self._unknown)], self.width)
 
     def shortest_unscored(self, count: int) -> list[TokenIds]:
         """Return the shortest sequences that have no score, the shortest first."""
         first = np.flatnonzero(self._unknown)
         shortest = first[np.argsort(self._tokens[first], kind="stable")[:count]]
-        return [*PlannedSequences(self._plan, shortest, self._width)]
+        return [*PlannedSequences(self._plan, shortest, self.width)]
 
     def count_kept(self, ids: Mapping[int, set[str]]) -> tuple[int, int]:
         """Count what a stopped run leaves on disk.
@@ -216,7 +222,7 @@ class Needs:
         for number, kept in ids.items():
             first = np.unique(self._first[self._places(number)])
             self._unknown[[place for place in first.tolist() if self._name(place) in kept]] = False
-        begun = [(~self._unknown[self._first[self._places(number)]]).reshape(-1, self._width) for number in ids]
+        begun = [(~self._unknown[self._first[self._places(number)]]).reshape(-1, self.width) for number in ids]
         return sum(int(rows.all(axis=1).sum()) for rows in begun), int(self._unknown.sum())
 
 

@@ -18,18 +18,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.shards import METADATA_KEY, CacheRow, Rows, read_metadata, read_unlisted
+from offline_kto.kto_core.cache.shards import METADATA_KEY, WRITE_AGAIN, CacheRow, Rows, read_metadata, read_unlisted
 from offline_kto.kto_core.durable_files import replacing, write_json
 from offline_kto.kto_core.errors import CacheError, said_by
 from offline_kto.kto_core.hashing import sequence_id
+from offline_kto.kto_core.options import as_plain
 from offline_kto.kto_core.scoring.sequences import TokenIds
+from offline_kto.precompute.config import OF_THE_RUN, PrecomputeConfig
 from offline_kto.precompute.needs import Need
 from offline_kto.precompute.out_folder import DONE, PLAN
+from offline_kto.precompute.records.sources import SourceFile
 from offline_kto.precompute.shard_tables import NO_SCORES, lists_of, scored_table
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 _RUN = "plan.json"
 _COMPANY = "company"
+# Options that change only what scores the planned rows. The identity of the scores has all that matters of them.
+_OF_SCORING = (
+    *("model", "adapter", "revision", "trust_remote_code", "tokenizer_kwargs", "chat_template"),
+    *("backend", "dtype", "device", "attention", "max_tokens", "tensor_parallel", "gpu_memory_utilization"),
+)
+# Options that are compared by the content of what they name, or that name a file to write.
+_PATHS = ("data", "left_out")
+
+
+def planned_options(config: PrecomputeConfig) -> dict[str, Any]:
+    """Return the options that decide which rows and shards there are, as JSON."""
+    others = {*OF_THE_RUN, *_OF_SCORING, *_PATHS}
+    return {name: value for name, value in as_plain(config).items() if name not in others}
 
 
 class PlannedShard(NamedTuple):
@@ -53,6 +69,8 @@ class PlannedRun:
         weights_state: of the files that were hashed; files in the same state are not hashed again.
         vocabulary: vocabulary size of the reference.
         threads: of torch on a CPU; their number changes the last bits of a score.
+        options: that decide which rows and shards there are.
+        files: of the feedback: their names, hashes and sizes.
         shards: that have to be scored.
     """
 
@@ -63,12 +81,19 @@ class PlannedRun:
     weights_state: str
     vocabulary: int
     threads: int
+    options: dict[str, Any]
+    files: list[SourceFile]
     shards: list[PlannedShard]
 
     @property
     def identity(self) -> dict[str, Any]:
         identity: dict[str, Any] = self.metadata["identity"]
         return identity
+
+
+def run_path(out: Path) -> Path:
+    """Return the path of the file that identifies the run."""
+    return out / PLAN / _RUN
 
 
 def plan_path(out: Path, index: int) -> Path:
@@ -87,12 +112,21 @@ def done_path(out: Path, token: str, index: int) -> Path:
 
 def write_run(out: Path, run: PlannedRun) -> None:
     """Write `plan.json`. Raises: CacheError: it cannot be written."""
-    folder = out / PLAN
+    path = run_path(out)
     try:
-        folder.mkdir(exist_ok=True)
-        write_json(folder / _RUN, {"format": PLAN_FORMAT, **dataclasses.asdict(run)})
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"format": PLAN_FORMAT, **dataclasses.asdict(run)})
     except OSError as error:
-        raise CacheError(f"{folder / _RUN}: cannot be written: {error}.") from error
+        raise CacheError(f"{path}: cannot be written: {error}. {WRITE_AGAIN}") from error
+
+
+def run_state(out: Path) -> tuple[int, ...] | None:
+    """Return what changes if `plan.json` is replaced; None if there is none. A large one takes long to read."""
+    try:
+        found = run_path(out).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_run(out: Path) -> PlannedRun | None:
@@ -101,12 +135,15 @@ def read_run(out: Path) -> PlannedRun | None:
     Raises:
         CacheError: it cannot be read, or another version wrote it.
     """
-    path = out / PLAN / _RUN
+    path = run_path(out)
     try:
         content = json.loads(path.read_bytes())
         if content.pop("format") != PLAN_FORMAT:
             raise ValueError("another version of offline-kto wrote it")
-        return PlannedRun(**{**content, "shards": [PlannedShard(*shard) for shard in content["shards"]]})
+        files = [SourceFile(**file) for file in content["files"]]
+        return PlannedRun(
+            **{**content, "files": files, "shards": [PlannedShard(*shard) for shard in content["shards"]]}
+        )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -134,7 +171,7 @@ def write_plan_file(path: Path, table: pa.Table, need: Need, metadata: Mapping[s
         with replacing(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     except OSError as error:
-        raise CacheError(f"{path}: cannot be written: {error}.") from error
+        raise CacheError(f"{path}: cannot be written: {error}. {WRITE_AGAIN}") from error
 
 
 class PlanFile(NamedTuple):

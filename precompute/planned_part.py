@@ -1,17 +1,22 @@
 """Score a part of the planned shards, alone: `--part I/N`. Other parts may be scored at the same time, anywhere."""
 
 import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import MANIFEST
 from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
-from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.errors import CacheError, ConfigError, shown
 from offline_kto.kto_core.feedback.quoting import counted
+from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.out_folder import NEXT, done_in, shards_in
-from offline_kto.precompute.plan_files import PlannedRun, read_run
+from offline_kto.precompute.plan_files import PlannedRun, PlannedShard, planned_options, read_run, run_path
+from offline_kto.precompute.records.sources import files_of
+from offline_kto.precompute.score_files import read_parts
 from offline_kto.precompute.worker import ShardWorker
 from offline_kto.precompute.workers import Answer, Task
 
@@ -29,6 +34,8 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
         return
     if run is None:
         raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
+    _check_options(config, run)
+    _check_feedback(config, run)
     mine = run.shards[part::parts]
     files = (*done_in(out), *shards_in(out), *shards_in(out / NEXT))
     footers = [metadata for metadata in map(read_metadata, files) if metadata]
@@ -36,14 +43,16 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     left = [shard for shard in mine if shard.key not in there]
     total = f"{counted(len(mine), 'shard')} of {len(run.shards):,}"
     tell(f"part        {part} of {parts} (counted from 0): {total}, {len(mine) - len(left)} done")
+    if known := _in_parts(run, out, left):
+        tell(f"known       {counted(known, 'sequence')} of these shards are already scored")
     waiting = 0
     answers: list[Answer] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_saying_what_is_kept(run, out, left, answers))
         worker = stack.enter_context(ShardWorker(config, out)) if left else None
         progress = stack.enter_context(Progress("scoring", sum(shard.tokens for shard in left), "tokens"))
         for shard in left:
             assert worker is not None
-            _check_plan(config, run)
             answers.append(worker.score(Task(shard.number, str(out)), progress.add))
             waiting += not answers[-1].is_written
     tokens, seconds = sum(one.tokens for one in answers), sum(one.seconds for one in answers)
@@ -53,11 +62,60 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     tell("next        when all parts are done: the same command without --part, which writes the manifest")
 
 
-def _check_plan(config: PrecomputeConfig, run: PlannedRun) -> None:
-    """Refuse to continue once another command has planned or finished the cache."""
-    now = read_run(Path(config.out))
-    if now is None or now.token != run.token:
-        raise CacheError(
-            f"--part {config.part}: another command has {'finished' if now is None else 'planned'} {config.out} meanwhile. Finished "
-            "shards are kept; start the parts again if some are missing."
+@contextlib.contextmanager
+def _saying_what_is_kept(
+    run: PlannedRun, out: Path, shards: Sequence[PlannedShard], answers: Sequence[Answer]
+) -> Iterator[None]:
+    """Log what is on disk, if the block ends with an exception."""
+    try:
+        yield
+    except BaseException:  # any error, Ctrl-C, or a scheduler's signal
+        done = len(answers)
+        if (kept := _in_parts(run, out, shards[done:])) or done:
+            tell(f"kept        {counted(done, 'shard')} of this part, and {counted(kept, 'sequence')} of the others")
+        raise
+
+
+def _in_parts(run: PlannedRun, out: Path, shards: Sequence[PlannedShard]) -> int:
+    """Return the number of sequences in the parts of some shards."""
+    return sum(len(read_parts(out, shard.key, run.identity, vocabulary=run.vocabulary)) for shard in shards)
+
+
+def _check_options(config: PrecomputeConfig, run: PlannedRun) -> None:
+    """Refuse options that say other rows or shards than those of the plan, which is what is scored."""
+    mine = json.loads(json.dumps(planned_options(config)))
+    lines = [
+        f"{_flag(name)}: {_in_words(run.options.get(name))} in the plan, {_in_words(mine[name])} here"
+        for name in mine
+        if mine[name] != run.options.get(name)
+    ]
+    if lines:
+        raise ConfigError(
+            f"--part {config.part}: {config.out} was planned with other options:\n  "
+            + "\n  ".join(lines)
+            + "\nGive every part the options of the plan, or plan again with --plan-only."
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _in_words(value: object) -> str:
+    return "not set" if value is None else shown(value)
+
+
+def _check_feedback(config: PrecomputeConfig, run: PlannedRun) -> None:
+    """Refuse feedback that changed after the plan, if this machine has it. A file is hashed only if it is newer than the plan."""
+    if not Path(config.data).exists():
+        return
+    planned = {(file.name, file.bytes): file.sha256 for file in run.files}
+    since = run_path(Path(config.out)).stat().st_mtime
+    for path, _ in files_of(config.data, config.split):
+        state = path.stat()
+        known = planned.get((path.name, state.st_size))
+        if known is None or (state.st_mtime > since and file_hash(path) != known):
+            raise ConfigError(
+                f"--part {config.part}: {path} is not the feedback that was planned. Plan again with --plan-only, or start the parts "
+                "with the feedback of the plan."
+            )

@@ -1,6 +1,6 @@
 """Read and write files of scores: shards, and parts of shards."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,17 +74,6 @@ def read_scores(path: Path, rows: np.ndarray, slots: np.ndarray) -> list[np.ndar
             # A copy, because a view would keep the whole group in memory.
             found[i] = (row["ref_token_logps"] if slot == 0 else row["ref_kl_token_logps"][slot - 1]).copy()
     return [found[i] for i in range(len(rows))]
-
-
-def read_scores_of(path: Path, ids: Collection[str]) -> dict[str, np.ndarray]:
-    """Return the scores of some sequences of a file, by id."""
-    if not ids:
-        return {}
-    wanted = set(ids)
-    found, rows, slots = ScoredFile(path, None, None).sequences()
-    names = [bytes(one).hex() for one in found]
-    at = [i for i, name in enumerate(names) if name in wanted]
-    return dict(zip([names[i] for i in at], read_scores(path, rows[at], slots[at]), strict=True))
 
 
 def is_whole(path: Path, *, vocabulary: int) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from offline_kto.kto_core.cache.manifest_fields import RunFields, ScoreDifference, ScoringSections, WorkerFields
@@ -33,11 +34,12 @@ from offline_kto.precompute.plan_files import (
     PlannedShard,
     done_path,
     plan_path,
+    planned_options,
     write_plan_file,
     write_run,
 )
 from offline_kto.precompute.ray_workers import RayWorkers, ShardWorkerOpener
-from offline_kto.precompute.score_files import read_parts, read_scores_of
+from offline_kto.precompute.score_files import read_parts, read_scores
 from offline_kto.precompute.shard_tables import scored_table, shard_key, unscored_table
 from offline_kto.precompute.store import ShardSize, Store
 from offline_kto.precompute.workers import Answer, Workers, WorkerSettings
@@ -79,7 +81,9 @@ class Scoring:
         self._keys = [shard_key(plan, rows) for rows in self.shards]
         store.adopt_done(self._keys)
         self.missing = [
-            i for i, key in enumerate(self._keys) if not store.has(i, key, partial(unscored_table, plan, self.shards[i]))
+            i
+            for i, key in enumerate(self._keys)
+            if not store.has(i, key, partial(unscored_table, plan, self.shards[i]))
         ]
         store.set_aside(self.missing)
         self._needs = Needs(
@@ -93,10 +97,7 @@ class Scoring:
             sequences: number of sequences in the whole plan, for messages.
             gpus: of each worker that there may be.
         """
-        if len(self.missing) < len(self._keys):
-            tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
-        if self._needs.known:
-            tell(f"known       {self._needs.known:,} of {self._needs.wanted:,} sequences are already scored")
+        self._tell_of_reused()
         if self.config.cluster is not None and self._needs.unknown_tokens:
             settings = WorkerSettings.of(self.config, str(self.store.out))
             gpus_of_one = 0 if self.config.device == "cpu" else self.config.tensor_parallel
@@ -110,8 +111,16 @@ class Scoring:
                 self._tell_of_idle(len(gpus))
             self._score_here(sequences)
 
+    def _tell_of_reused(self) -> None:
+        """Log what is there of earlier runs."""
+        if len(self.missing) < len(self._keys):
+            tell(f"resuming    {len(self._keys) - len(self.missing)} of {len(self._keys)} shards are complete")
+        if self._needs.known:
+            tell(f"known       {self._needs.known:,} of {self._needs.wanted:,} sequences are already scored")
+
     def plan_only(self) -> int:
         """Write the plan files of all missing shards. Returns: their number."""
+        self._tell_of_reused()
         self._write_run()
         with PlansAhead(self._prepare) as plans:
             plans.begin(self.missing)
@@ -138,7 +147,7 @@ class Scoring:
                 table = scored_table(unscored_table(self.plan, self.shards[i]), [scores[name] for name in names])
                 self.store.write(i, self._keys[i], table)
                 # A sequence that another shard also needs is scored only once.
-                self._needs.complete(i, scores)
+                self._needs.complete(i, [scores[names[at]] for at in self._needs.lent_by(i).tolist()])
                 left.remove(i)
                 pace.restart()
 
@@ -181,7 +190,11 @@ class Scoring:
     def _score_with(self, connect: Callable[[], Workers], out: str, sequences: int) -> None:
         run = self._write_run()
         workers = connect()
-        self._tell_of_idle(min(workers.room, self.config.workers or workers.room))
+        room = workers.room
+        if self.config.cluster is not None:
+            limit = f"; --workers {self.config.workers} limits them" if self.config.workers else ""
+            tell(f"cluster     {self.config.cluster}: room for {counted(room, 'worker')} now{limit}")
+        self._tell_of_idle(min(room, self.config.workers or room))
         pace = Pace()
 
         def keep() -> None:
@@ -219,6 +232,8 @@ class Scoring:
             weights_state=self.reference.state_hash,
             vocabulary=self.reference.vocabulary,
             threads=torch.get_num_threads(),
+            options=planned_options(self.config),
+            files=self.plan.files,
             shards=[
                 PlannedShard(i, self._keys[i], len(self.shards[i]), self._needs.unknown_tokens_of(i))
                 for i in self.missing
@@ -241,7 +256,8 @@ class Scoring:
         entry = ShardSize(answer.rows, answer.bytes, answer.sha256)
         with self._finishing:
             path = self.store.adopt(index, self._keys[index], done_path(self.store.out, run.token, index), entry)
-            self._needs.complete(index, read_scores_of(path, self._needs.lent_by(index)))
+            rows, slots = np.divmod(self._needs.lent_by(index), self._needs.width)
+            self._needs.complete(index, read_scores(path, rows, slots))
         plan_path(self.store.out, index).unlink(missing_ok=True)
 
     def _take_answers(self, leader: Leader) -> None:

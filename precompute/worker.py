@@ -19,7 +19,7 @@ import torch
 
 from offline_kto.kto_core.cache.manifest import identity_of
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
-from offline_kto.kto_core.cache.shards import CacheRow, write_table
+from offline_kto.kto_core.cache.shards import WRITE_AGAIN, CacheRow, write_table
 from offline_kto.kto_core.errors import CacheError, KTOError, ModelError
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.scoring.sequences import TokenIds
@@ -30,7 +30,7 @@ from offline_kto.precompute.engines.protocol import Listener, Scorer
 from offline_kto.precompute.engines.reference import Reference
 from offline_kto.precompute.out_folder import MERGED, PARTS
 from offline_kto.precompute.parts import Pace, ShardScores
-from offline_kto.precompute.plan_files import PlanFile, done_path, plan_path, read_plan_file, read_run
+from offline_kto.precompute.plan_files import PlanFile, done_path, plan_path, read_plan_file, read_run, run_state
 from offline_kto.precompute.score_files import drop_parts, read_parts, write_part
 from offline_kto.precompute.shard_tables import scored_table
 from offline_kto.precompute.workers import Answer, Task, WorkerPlace
@@ -87,6 +87,7 @@ class ShardWorker:
     """
 
     def __init__(self, config: PrecomputeConfig, out: Path, *, should_stop: Callable[[], bool] = lambda: False) -> None:
+        self._run_state = run_state(out)
         run = read_run(out)
         if run is None:
             raise CacheError(f"{out}: there is no plan. Run kto-precompute with --plan-only first.")
@@ -153,6 +154,7 @@ class ShardWorker:
             StoppedError: `should_stop` said so.
             KTOError: the shard cannot be scored or written.
         """
+        self._check_current()
         plan = read_plan_file(plan_path(self._out, task.shard))
         key = self._keys.get(task.shard)
         if key is None or plan.metadata != {**self._run.metadata, "key": key}:
@@ -218,19 +220,40 @@ class ShardWorker:
         """Write the shard. Returns: its rows, bytes and hash."""
         table = scored_table(plan.table, [scores[one] for one in plan.ids])
         path = done_path(self._out, self._run.token, index)
+        self._check_current()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"{path.parent}: cannot be written: {error}.") from error
+            raise CacheError(f"{path.parent}: cannot be written: {error}. {WRITE_AGAIN}") from error
         write_table(path, table, {**self._run.metadata, "key": key})
+        try:
+            self._check_current()
+        except CacheError:
+            path.unlink(missing_ok=True)
+            for empty in (path.parent, path.parent.parent):
+                with contextlib.suppress(OSError):  # missing, or not empty
+                    empty.rmdir()
+            raise
         return table.num_rows, path.stat().st_size, file_hash(path)
 
+    def _check_current(self) -> None:
+        """Refuse to write once another command has planned or finished the cache: this process may have been stopped for hours."""
+        if run_state(self._out) == self._run_state:
+            return
+        now = read_run(self._out)
+        if now is None or now.token != self._run.token:
+            raise CacheError(
+                f"{self._out}: another command has {'finished it' if now is None else 'planned here'} meanwhile. Finished shards are "
+                "kept; start this one again if some are missing."
+            )
+
     def _write_part(self, key: str, rows: Sequence[CacheRow]) -> None:
+        self._check_current()
         folder = self._out / PARTS / "train"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CacheError(f"{folder}: cannot be written: {error}.") from error
+            raise CacheError(f"{folder}: cannot be written: {error}. {WRITE_AGAIN}") from error
         write_part(self._out, key, rows, self._run.metadata)
 
 

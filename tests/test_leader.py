@@ -315,7 +315,8 @@ def test_each_sequence_is_in_the_company_of_one_shard() -> None:
             assert need.awaited == {owners[one] for one in mine if owners[one] != number and one not in given}
             scores = {one: np.full(2, -float(number), dtype=np.float32) for one in company}
             lent = {one for one in company for other in missing if other > number and one in needs.ids_of(other)}
-            assert set(needs.lent_by(number)) == lent
-            needs.complete(number, scores)
+            at = [mine[place] for place in needs.lent_by(number).tolist()]
+            assert (len(at), set(at)) == (len(lent), lent)
+            needs.complete(number, [scores[one] for one in at])
             assert needs.of(number).awaited == set()
         assert len(needs.unscored()) == 0

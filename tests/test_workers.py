@@ -1,6 +1,8 @@
 """Stage 1 with several workers: real child processes, killed with real signals."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import forks
@@ -18,11 +21,14 @@ from feedback_files import chat_rows, write_rows
 
 import offline_kto.precompute.engines.child_process as process
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.errors import ConfigError, KTOError, ModelError
+from offline_kto.kto_core.errors import CacheError, ConfigError, KTOError, ModelError
 from offline_kto.kto_core.hashing import sequence_id
+from offline_kto.kto_core.lock import only_writer
+from offline_kto.precompute import worker
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.inspect_cache import verify
 from offline_kto.precompute.local_workers import LocalWorkers
+from offline_kto.precompute.parts import ShardScores
 from offline_kto.precompute.run import precompute
 from offline_kto.precompute.worker import RefusedError
 
@@ -38,7 +44,8 @@ SOON = "import offline_kto.precompute.parts as p; p.SECONDS_BETWEEN_PARTS = 0.0\
 
 AT_ONCE = (
     "import os, signal; from offline_kto.kto_core.scoring.passes import ScoringPasses as P\n"
-    "def forward(*a):\n    os.kill(os.getpid(), signal.SIGKILL)\nP._forward = forward\n"
+    "def forward(*a):\n    print('near its end', flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    "P._forward = forward\n"
 )
 
 
@@ -148,7 +155,8 @@ def test_a_worker_that_is_killed_is_replaced(
     precompute(replace(config, out=out, workers=2))
     printed = " ".join(capsys.readouterr().out.split())
     assert "lost the worker of shard" in printed
-    assert "(SIGKILL: perhaps the system was out of memory); another takes it. Its log: " in printed
+    assert "(SIGKILL: perhaps the system was out of memory); another takes it." in printed
+    assert "Its log" not in printed  # which is empty
     assert_same_bytes(config, out)
     # What it had scored was in parts.
     assert read_manifest(out).run["scored_sequences"] < read_manifest(config.out).run["scored_sequences"]
@@ -183,7 +191,7 @@ def test_a_leader_that_is_stopped_leaves_a_cache_that_the_same_command_finishes(
     assert len(workers) == 2
     leader.kill(by=by)
     done = leader.wait(100)
-    assert done.returncode == (130 if by == signal.SIGTERM else -by)
+    assert done.returncode == (143 if by == signal.SIGTERM else -by)
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -197,6 +205,30 @@ def test_a_leader_that_is_stopped_leaves_a_cache_that_the_same_command_finishes(
     assert f"{finished} of 6 shards are complete" in done.stdout
     assert_same_bytes(config, out)
     assert read_manifest(out).run["scored_sequences"] < read_manifest(config.out).run["scored_sequences"]
+
+
+def test_workers_that_start_are_ended_at_once(
+    config: PrecomputeConfig, tmp_path: Path, workers_begin: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that imports its libraries does not notice that it is told to end."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    workers_begin("import time; time.sleep(3600)\n")
+    workers = LocalWorkers(config, str(tmp_path), [None, None])
+    assert workers.grow(2, ()) == 2
+    waited: list[float] = []
+    end = process.ChildProcess.end
+    monkeypatch.setattr(process.ChildProcess, "end", lambda child, seconds: (waited.append(seconds), end(child, 0.0)))
+    workers.stop()
+    assert waited[:2] == [0.0, 0.0]
+    assert list(tmp_path.glob("*.log")) == []
+
+
+def test_a_run_that_another_one_locks_out_is_told_before_the_feedback_is_read(
+    config: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offline_kto.precompute.pipeline.make_plan", pytest.fail)
+    with only_writer(tmp_path, CacheError), pytest.raises(CacheError, match=r"is writing here\. Wait for it"):
+        precompute(replace(config, out=tmp_path))
 
 
 def test_what_a_worker_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path: Path) -> None:
@@ -239,6 +271,7 @@ def test_under_a_launcher_the_message_says_what_to_type(config: PrecomputeConfig
     assert len(errors) == 1
     assert "Type the command without torchrun or accelerate" in errors[0]
     assert "--workers 3" in errors[0]
+    assert "Interrupted" not in done.stderr  # of the other processes, which the launcher ends
     assert not (tmp_path / "refs").exists()
 
 
@@ -287,8 +320,13 @@ class TestParts:
         other = save_tiny(tmp_path / "other", seed=7)
         with pytest.raises(RefusedError, match=r"reference\.weights_hash: .* in the plan, .* here"):
             precompute(replace(mine, model=str(other), part="0/2"))
-        with pytest.raises(RefusedError, match=r"tokenization\.max_length: 1024 in the plan, 512 here"):
-            precompute(replace(mine, max_length=512, part="0/2"))
+
+    @pytest.fixture(scope="class")
+    def planned(self, config: PrecomputeConfig, tmp_path_factory: pytest.TempPathFactory) -> PrecomputeConfig:
+        """A plan that nobody has scored; do not write to its folder."""
+        mine = replace(config, out=tmp_path_factory.mktemp("planned") / "refs")
+        precompute(replace(mine, plan_only=True))
+        return mine
 
     @pytest.mark.parametrize("part", ["1", "2/2", "-1/2", "0/0", "a/b", "1/2/3", "", "0.5/2"])
     def test_nonsense_is_refused(self, part: str) -> None:
@@ -302,6 +340,87 @@ class TestParts:
     def test_a_part_with_options_that_are_not_its_own_is_refused(self, change: dict[str, object]) -> None:
         with pytest.raises(ConfigError, match="--part"):
             PrecomputeConfig(part="0/2", **change)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"kl_partners": 2}, "--kl-partners: 1 in the plan, 2 here"),
+            ({"rows_per_shard": 5}, "--rows-per-shard: 11 in the plan, 5 here"),
+            ({"limit": 8}, "--limit: not set in the plan, 8 here"),
+            ({"max_length": 512}, "--max-length: 1024 in the plan, 512 here"),
+        ],
+    )
+    def test_a_part_with_options_of_another_plan_is_refused(
+        self, planned: PrecomputeConfig, change: dict[str, int], words: str
+    ) -> None:
+        with pytest.raises(
+            ConfigError, match=f"--part 0/2: .* was planned with other options:\n  {words}\nGive every part"
+        ):
+            precompute(replace(planned, part="0/2", **change))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("is_longer", [True, False])
+    def test_a_part_of_other_feedback_is_refused(
+        self, planned: PrecomputeConfig, tmp_path: Path, is_longer: bool
+    ) -> None:
+        content = Path(planned.data).read_text()
+        other = tmp_path / "f.jsonl"
+        other.write_text(content + "\n" if is_longer else content.replace("true", "null"))
+        with pytest.raises(ConfigError, match=r"f\.jsonl is not the feedback that was planned\. Plan again"):
+            precompute(replace(planned, data=str(other), part="0/2"))
+
+    def test_what_a_part_kept_is_told_and_used(
+        self,
+        planned: PrecomputeConfig,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        mine = replace(planned, out=Path(shutil.copytree(planned.out, tmp_path / "refs")), part="0/3")
+        add = ShardScores.add
+
+        def interrupted(self: ShardScores, *arguments: Any) -> None:
+            add(self, *arguments)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ShardScores, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            precompute(mine)
+        monkeypatch.undo()
+        kept = re.search(r"^kept +0 shards of this part, and (\d+) sequences", capsys.readouterr().out, re.MULTILINE)
+        assert kept is not None
+        precompute(mine)
+        assert f"known {kept[1]} sequences of these shards" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_part_that_was_stopped_while_another_command_finished_leaves_nothing(
+        self, planned: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a process does that was stopped and continued by signals."""
+        mine = replace(planned, out=Path(shutil.copytree(planned.out, tmp_path / "refs")))
+        write = worker.write_table
+
+        def stopped(*arguments: Any) -> None:
+            monkeypatch.undo()
+            precompute(mine)
+            arguments[0].parent.mkdir(parents=True)  # the folder that it had made
+            write(*arguments)
+
+        monkeypatch.setattr(worker, "write_table", stopped)
+        with pytest.raises(CacheError, match="another command has finished it meanwhile"):
+            precompute(replace(mine, part="1/2"))
+        assert sorted(path.name for path in mine.out.iterdir()) == ["manifest.json", "train"]
+
+    def test_a_damaged_file_of_a_part_is_named_when_it_is_scored_again(
+        self, planned: PrecomputeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        mine = replace(planned, out=Path(shutil.copytree(planned.out, tmp_path / "refs")))
+        precompute(replace(mine, part="0/6"))
+        (done,) = mine.out.glob(".done/*/*.parquet")
+        content = bytearray(done.read_bytes())
+        content[len(content) // 3] ^= 1
+        done.write_bytes(content)
+        capsys.readouterr()
+        precompute(mine)
+        assert f"damaged     {done}: cannot be used; its shard is scored again" in capsys.readouterr().out
 
     def test_without_a_plan_nothing_is_created(self, config: PrecomputeConfig, tmp_path: Path) -> None:
         with pytest.raises(KTOError, match=r"contains no plan\. Run the same command with --plan-only first"):
