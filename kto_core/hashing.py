@@ -21,6 +21,7 @@ from offline_kto.kto_core.library_types import Tokenizer
 
 # An id of content in arrays: the 16 bytes that its text has as 32 hexadecimal digits. Both sort alike.
 ID = np.dtype("V16")
+_TOKEN_ID = np.dtype("<i4")
 
 
 def sequence_id(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> str:
@@ -55,7 +56,7 @@ def _hash_ids(*parts: np.ndarray) -> bytes:
 
 
 def _bytes_of(ids: np.ndarray) -> bytes:
-    return np.asarray(ids, dtype="<i4").tobytes()
+    return np.asarray(ids, dtype=_TOKEN_ID).tobytes()
 
 
 def json_hash(value: object) -> str:

@@ -137,7 +137,7 @@ class PrecomputeConfig:
     )
     read_workers: int | None = option(
         None,
-        "Processes that read large JSON Lines; 1 reads in this process.  [default: one for each core from 64 MiB on]",
+        "Processes that read large JSON Lines; 1 reads in this process.  [default: one for each core from 32 MiB on]",
         metavar="N",
     )
     cluster: str | None = option(

@@ -1,13 +1,13 @@
 """Read large feedback in parts, by worker processes, with the result of one process."""
 
 import contextlib
-import os
 from collections.abc import Generator, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from offline_kto.kto_core.console import tell
+from offline_kto.kto_core.cores import usable_cores
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.feedback.tokenization import Tokenizing
 from offline_kto.kto_core.library_types import Tokenizer
@@ -21,8 +21,9 @@ from offline_kto.precompute.records.sources import SourceFile, divided
 from offline_kto.precompute.spool import Spool
 from offline_kto.precompute.spool_folder import spool_folders
 
-# Bytes of data from which on workers are started unless options say so: their imports take seconds.
-_LEAST_BYTES = 64 * 2**20
+# Bytes of data from which on workers are started unless options say so. One core reads about 4 MB/s; a worker's imports
+# take as long as 8 MB.
+_LEAST_BYTES = 32 * 2**20
 # Bytes of a part, and number of parts of large data: every part is a file that stays open.
 _PART_BYTES, _MOST_PARTS = 16 * 2**20, 400
 # Parts for each worker, of data for which that makes smaller ones: the last parts keep some workers waiting.
@@ -103,12 +104,7 @@ def _workers(config: PrecomputeConfig, size: int) -> int:
     """Return the number of workers that would read so many bytes."""
     if config.read_workers is not None:
         return config.read_workers
-    return _cores() if size >= _LEAST_BYTES else 1
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() if size >= _LEAST_BYTES else 1
 
 
 def _read_parts(

@@ -4,9 +4,10 @@ Only as many are written ahead as the leader asks for: those of a large run woul
 compression, outside the interpreter's lock.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+
+from offline_kto.kto_core.cores import usable_cores
 
 _MOST_THREADS = 4
 
@@ -20,7 +21,7 @@ class PlansAhead:
 
     def __init__(self, write: Callable[[int], set[int]]) -> None:
         self._write = write
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="plan")
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, usable_cores()), thread_name_prefix="plan")
         self._begun: dict[int, Future[set[int]]] = {}
 
     def __enter__(self) -> "PlansAhead":

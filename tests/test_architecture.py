@@ -22,7 +22,7 @@ kto_core.redaction kto_core.interrupts kto_core.library_types kto_core.out_of_me
 kto_core.errors
 kto_core.console
 kto_core.foreign_files kto_core.parquet_footers kto_core.locations kto_core.streams kto_core.launch kto_core.hashing kto_core.durable_files
-kto_core.runtime kto_core.yaml_files kto_core.progress kto_core.lock kto_core.equal_ids
+kto_core.runtime kto_core.cores kto_core.yaml_files kto_core.progress kto_core.lock kto_core.equal_ids
 kto_core.config_paths
 kto_core.options
 kto_core.feedback kto_core.scoring kto_core.losses kto_core.cache

@@ -38,6 +38,10 @@ class Encoder:
         encoded = self._tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return [list(ids) for ids in encoded]
 
+    def cuts_words(self, texts: Sequence[str]) -> bool:
+        """Return whether all texts are cut into words in Python, and few are encoded by the tokenizer's backend."""
+        return self._split is not None and self._word_ids is not None and all(map(self._word_ids.cuts, texts))
+
     def encode_sides(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[list[Ids], list[Ids]]:
         """Return the ids of prompts, and those of prompts and completions together."""
         if self._split is None:

@@ -190,7 +190,7 @@ def _rows(
     record: Mapping[str, object], present: Mapping[str, object], calls: str | None, where: str, fields: FeedbackFields
 ) -> list[FeedbackRow]:
     for name in MEDIA_COLUMNS:
-        if holds(present.get(name)):
+        if present.get(name) is not None and holds(present[name]):
             raise LeftOut(MEDIA, f"'{name}'")
     tools = tools_in(present.get("tools"), where)
     kwargs = template_kwargs_in(present.get("chat_template_kwargs"), where)

@@ -146,7 +146,7 @@ class Tokenizing:
                     except KTOError as error:
                         failure = error
                     else:
-                        waiting.append((*one, pool.submit(self._encode_sides, *one)))
+                        waiting.append((*one, self._begin_encoding(pool, *one)))
                         if len(waiting) > 1:
                             yield self._finished(*waiting.popleft())
                 while waiting:
@@ -156,6 +156,20 @@ class Tokenizing:
             finally:
                 for *_, sides in waiting:
                     sides.cancel()
+
+    def _begin_encoding(
+        self, pool: ThreadPoolExecutor, rows: Sequence[FeedbackRow], found: list["_Rendered | TokenizationError"]
+    ) -> "Future[_Sides]":
+        """Encode in the pool, or at once if that is done in Python: two threads of Python only wait for each other."""
+        texts = [item.text for item in found if isinstance(item, _Rendered)]
+        if not self._encoder.cuts_words(texts):
+            return pool.submit(self._encode_sides, rows, found)
+        done: Future[_Sides] = Future()
+        try:
+            done.set_result(self._encode_sides(rows, found))
+        except Exception as error:  # noqa: BLE001 - raised by `result`, as those of the pool
+            done.set_exception(error)
+        return done
 
     def _rendered_chunks(
         self, chunks: Iterable[Sequence[FeedbackRow]]

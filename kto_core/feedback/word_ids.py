@@ -46,6 +46,10 @@ class WordIds:
         self._added = None if self._words is None else _added_pattern(tokenizer)
         self._ids: dict[str, tuple[int, ...] | None] = {}  # None for a word that would be cut if it were alone
 
+    def cuts(self, text: str) -> bool:
+        """Return whether a text is cut into words here."""
+        return self._words is not None and self._added is not None and text.isascii()
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of texts, without BOS and EOS."""
         return [ids for some in _parts(texts) for ids in self._encode(some)]

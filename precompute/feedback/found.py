@@ -131,7 +131,7 @@ class Found:
 
 def _has_missing(side: Turns) -> bool:
     """Return whether a text, or one of the messages, is the name of a missing value."""
-    texts = (side,) if isinstance(side, str) else (message["content"] for message in side if message["role"] != "tool")
+    texts = [side] if isinstance(side, str) else [message["content"] for message in side if message["role"] != "tool"]
     return any(map(names_no_value, texts))
 
 

@@ -17,6 +17,7 @@ from offline_kto.precompute.feedback.places_found import Places
 # What tools write into a prompt in place of an image, a video or a sound; and media, or references to them, in any text.
 _PLACEHOLDER = re.compile(r"<(?:image|video|audio)>")
 _MEDIA = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,|@@@langfuseMedia:")
+_BEGIN_MEDIA = ("data:", "@@@langfuseMedia:")  # found faster than the pattern
 # Marks with which chat templates begin and end turns. Those of the tokenizer's own template are recognised before.
 _TEMPLATE = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
@@ -93,7 +94,7 @@ class Suspicions:
         """Examine a row."""
         self.rows += 1
         asked, answered = _texts(row.prompt), _texts(row.completion)
-        if any(map(_PLACEHOLDER.search, asked)) or any(map(_MEDIA.search, (*asked, *answered))):
+        if any(map(_PLACEHOLDER.search, asked)) or any(map(_has_media, (*asked, *answered))):
             self.media.add(row.where)
         if any(map(resembles_messages, (*asked, *answered))):
             self.messages.add(row.where)
@@ -191,6 +192,10 @@ def _failed(value: object, words: Collection[str]) -> bool:
 
 
 _KNOWN_ROLES = frozenset(ROLES.values())
+
+
+def _has_media(text: str) -> bool:
+    return any(begin in text for begin in _BEGIN_MEDIA) and _MEDIA.search(text) is not None
 
 
 def _has_turn_marks(text: str) -> bool:

@@ -59,19 +59,24 @@ def matters_beside(name: str) -> bool:
 
 @dataclass
 class Look:
-    """What was seen in one record.
+    """What was seen in records that look alike.
 
     Attributes:
-        number: of the record in its part of the data, from 1.
+        numbers: of the records in their part of the data, from 1.
         shape: its columns with a value, the names of context in them, and the keys of messages.
         read, beside, with_messages: as in `UsedColumns`.
     """
 
-    number: int
+    numbers: list[int]
     shape: Shape
     read: set[str]
     beside: set[str]
     with_messages: set[str]
+
+    @property
+    def content(self) -> tuple[Shape, frozenset[str], frozenset[str], frozenset[str]]:
+        """All but the numbers."""
+        return self.shape, frozenset(self.read), frozenset(self.beside), frozenset(self.with_messages)
 
 
 @dataclass
@@ -109,7 +114,7 @@ class UsedColumns:
 
     def __init__(self, mapping: Mapping | None, fields: FeedbackFields, *, is_part: bool = False) -> None:
         self._mapping, self._fields = mapping, fields
-        self._looks: list[Look] | None = [] if is_part else None
+        self._looks: dict[object, Look] | None = {} if is_part else None
         self._named: set[str] = set()
         self._label = None if mapping is None else mapping.turns.label if mapping.turns is not None else mapping.label
         self._paths = _paths_in(mapping) if mapping is not None else _paths_of(fields)
@@ -140,7 +145,7 @@ class UsedColumns:
             look = self._look(record, shape)
             self._note(look)
             if self._looks is not None:
-                self._looks.append(look)
+                self._looks.setdefault(look.content, look).numbers.append(self._records)
 
     def _is_of_interest(self, shape: Shape, number: int) -> bool:
         return number <= _LOOKED_AT or shape not in self._shapes
@@ -168,7 +173,7 @@ class UsedColumns:
             beside |= _in_lists(record, [name for name in _MESSAGES if name in record], self._words, self._is_unread)
             roots |= with_messages.intersection(_MESSAGES)
         beside |= unread_context(record, roots, found, self._words)
-        return Look(self._records, shape, {route[0] for route in found}, beside, with_messages)
+        return Look([], shape, {route[0] for route in found}, beside, with_messages)
 
     def _note(self, look: Look) -> None:
         self._shapes.add(look.shape)
@@ -184,13 +189,14 @@ class UsedColumns:
     def part(self) -> UsedInPart:
         """Return what one part of the data says, for `merge`."""
         unmatched = [number for number, path in enumerate(self._all_paths) if path in self._unmatched]
-        return UsedInPart(self._records, self._looks or [], self._named, unmatched, self._keys)
+        return UsedInPart(self._records, list((self._looks or {}).values()), self._named, unmatched, self._keys)
 
     def merge(self, later: UsedInPart) -> None:
         """Add what the next part of the data says."""
         for look in later.looks:
-            if self._is_of_interest(look.shape, self._records + look.number):
-                self._note(look)
+            for number in look.numbers:
+                if self._is_of_interest(look.shape, self._records + number):
+                    self._note(look)
         self._records += later.records
         self.read |= later.named
         still = [self._all_paths[number] for number in later.unmatched]
