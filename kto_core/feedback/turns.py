@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
+from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS
+from offline_kto.kto_core.feedback.messages import Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import opened
 
 
 def mapped_rows(mapping: Mapping, record: Record, where: str) -> Iterator[Native | LeftOut]:
@@ -240,16 +241,16 @@ class _Conversation:
         """Return a turn as messages."""
         for reason, path in self._spec.leave_out:
             if holds(path.find(turn, self._where)):
-                raise LeftOut(reason, path.text)
+                raise LeftOut(reason, path.name_in(turn))
         kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
         kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
+        kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
         if self._spec.text is not None:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
             names = (*TEXT_KEYS, "parts")
             kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
-            kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
         turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
         assert not isinstance(turns, str)
         return turns

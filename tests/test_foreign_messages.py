@@ -1,0 +1,233 @@
+"""Messages are read as other programs write them, in every place where a file has messages."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_exports import message, openwebui, trace
+from test_app_formats import in_short, read, refusal, write
+
+from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.messages import as_turns
+from offline_kto.precompute.feedback.used_columns import matters_beside
+from offline_kto.precompute.records.sources import warnings_about
+
+PAIRS = [["system", "Be kind."], ["human", "Hi"]]
+ASKED = "system: Be kind. | user: Hi"
+THUMB = {"thumb": {"n": 1, "avg": 1.0}}
+
+
+def run(inputs: Any, outputs: Any = None) -> dict[str, Any]:
+    outputs = outputs or {"output": "Hello"}
+    return {"id": "r", "run_type": "chain", "inputs": inputs, "outputs": outputs, "feedback_stats": THUMB}
+
+
+PAIRED: dict[str, tuple[dict[str, Any], str]] = {
+    "messages": ({"messages": [*PAIRS, ["ai", "Hello"]], "label": True}, ASKED),
+    "prompt": ({"prompt": PAIRS, "completion": "Hello", "label": True}, ASKED),
+    "pair": ({"prompt": PAIRS, "chosen": [["ai", "Hello"]], "rejected": "Bye"}, ASKED),
+    "history": (
+        {"prompt": "Hi", "history": [["human", "Tea?"], ["ai", "Mud"]], "completion": "Hello", "label": True},
+        "",
+    ),
+    "judged": ({"messages": [*PAIRS, ["ai", "Hello"]], "labels": [True]}, ASKED),
+    "langsmith": (run({"messages": PAIRS}), ASKED),
+    "langsmith, a batch": (run({"messages": [PAIRS]}), ASKED),
+    "langsmith, an answer": (run({"messages": PAIRS}, {"messages": [*PAIRS, ["ai", "Hello"]]}), ASKED),
+    "langsmith, a history": (run({"question": "Hi", "chat_history": [["human", "Tea?"], ["ai", "Mud"]]}), ""),
+    "langsmith, a history of questions": (run({"question": "Hi", "chat_history": [["Tea?", "Mud"]]}), ""),
+    "langfuse": (trace("1", PAIRS, "Hello", thumb=[1]), ASKED),
+    "openrlhf": ({"instruction": PAIRS, "response": "Hello", "score": 1}, ASKED),
+}
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_pairs_of_role_and_text_are_messages(tmp_path: Path, name: str, form: str) -> None:
+    record, asked = PAIRED[name]
+    rows, _, _, _ = read(write(tmp_path / f"f.{form}", [record]))
+    prompt, completion, label = rows[0]
+    assert prompt == (asked or "user: Tea? | assistant: Mud | user: Hi")
+    assert (completion, label) == ("assistant: Hello", True)
+
+
+def test_pairs_of_role_and_parts_are_messages() -> None:
+    turns = as_turns([("human", [{"type": "text", "text": "Hi"}]), ("ai", "Hello")], "f:1", "messages")
+    assert in_short(turns) == "user: Hi | assistant: Hello"
+
+
+@pytest.mark.parametrize("value", [["human", "Hi"], [["wizard", "Hi"]], [["human", "Hi", "Ho"]], [["human", None]]])
+def test_other_pairs_are_no_messages(value: Any) -> None:
+    with pytest.raises(FeedbackError, match="must look like"):
+        as_turns(value, "f:1", "messages")
+
+
+@pytest.mark.parametrize("text", ["[('human', 'Hi'), ('ai', 'Hello')]", "[['system', 'x'], ['human', 'Hi']]"])
+def test_pairs_as_python_prints_them_are_refused(text: str) -> None:
+    with pytest.raises(FeedbackError, match="as Python prints them"):
+        as_turns(text, "f:1", "prompt")
+
+
+def test_a_table_of_one_column_with_printed_messages_says_how_to_write_it(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "feedback": "up"}]
+    path = tmp_path / "f.csv"
+    for printed in (str(said), str([("human", "Hi"), ("ai", "Hello")])):
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            csv.writer(handle).writerows([["messages"], [printed]])
+        assert "json.dumps" in refusal(path)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "unknown messages": (run({"messages": [["wizard", "x"]]}), "message 1 of 'inputs.messages'"),
+    "no question": (run({"args": {"a": 1, "b": 2}, "foo": ""}), '"inputs.args"'),
+    "a history of text": (run({"question": "x", "history": "Human: x"}), "'history' must be a list of messages or of"),
+    "an answer without a role": (run({"question": "x"}, {"answer": [{"text": 1}]}), "'outputs.answer'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_errors_name_the_keys_and_not_the_expression(tmp_path: Path, name: str) -> None:
+    record, words = REFUSED[name]
+    message = refusal(write(tmp_path / "f.jsonl", [record]))
+    assert words in message
+    assert "asked(" not in message
+    assert "answered(" not in message
+
+
+def test_the_key_of_joined_records_is_not_shown_as_an_expression(tmp_path: Path) -> None:
+    record = {"annotation_id": 1, "annotator": 1, "id": 1, "a": 1, "b": 2, "rating": 1}
+    message = refusal(write(tmp_path / "f.jsonl", [record]))
+    assert "labelstudio_min" in message
+    assert "without(" not in message
+
+
+SYSTEM = [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": SYSTEM, "prompt": "Hi", "completion": "Hello", "label": True},
+        {
+            "system": SYSTEM,
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "label": 1,
+        },
+        {"system": SYSTEM, "instruction": "Hi", "output": "Hello", "label": True},
+        trace("1", {"system": SYSTEM, "messages": [{"role": "user", "content": "Hi"}]}, "Hello", thumb=[1]),
+    ],
+    ids=["prompt", "messages", "alpaca", "langfuse"],
+)
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_system_text_of_parts_is_joined(tmp_path: Path, record: dict[str, Any], form: str) -> None:
+    rows, _, _, _ = read(write(tmp_path / f"f.{form}", [record]))
+    assert rows == [(ASKED, "assistant: Hello", True)]
+
+
+def item(text: str) -> dict[str, Any]:
+    return {
+        "type": "message",
+        "id": "i",
+        "status": "completed",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": text}],
+    }
+
+
+CALL = {"type": "function_call", "id": "i", "call_id": "c", "name": "weather", "arguments": '{"city": "Oslo"}'}
+RESULT = {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "rain"}]}
+THOUGHT = {"type": "reasoning", "summary": [], "content": [{"type": "output_text", "text": "hm"}]}
+SHOWN = '<details type="tool_calls" done="true">\n</details>\nIt rains.'
+
+
+def open_webui(content: str | None, *output: dict[str, Any]) -> dict[str, Any]:
+    return openwebui(
+        1,
+        "a",
+        message("q", None, "user", "Weather?"),
+        message("a", "q", "assistant", content, output=list(output), done=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "output", "prompt", "completion"),
+    [
+        ("", [THOUGHT, item("It rains.")], "", "It rains."),
+        (None, [item("It rains."), item("Bye.")], "", "It rains.\nBye."),
+        ("It rains.", [item("It snows.")], "", "It rains."),  # edited by the user
+        (
+            SHOWN,
+            [THOUGHT, item("I look."), CALL, RESULT, item("It rains.")],
+            " | assistant: I look. CALL weather | tool: rain",
+            "It rains.",
+        ),
+        ("", [CALL, RESULT, item("It rains.")], " | assistant:  CALL weather | tool: rain", "It rains."),
+    ],
+)
+def test_output_items_of_open_webui(
+    tmp_path: Path, content: str | None, output: list[Any], prompt: str, completion: str
+) -> None:
+    rows, left_out, _, _ = read(write(tmp_path / "f.json", [open_webui(content, *output)]))
+    assert rows == [(f"user: Weather?{prompt}", f"assistant: {completion}", True)]
+    assert left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (open_webui(SHOWN), "tool calls written as HTML"),
+        (open_webui("", {"type": "open_webui:code_interpreter", "code": "1"}, item("x")), "steps of Open WebUI's own"),
+        (open_webui(""), "empty answer"),
+    ],
+)
+def test_what_open_webui_did_beside_the_model_is_left_out(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
+    rows, left_out, _, _ = read(write(tmp_path / "f.json", [open_webui("Yes."), record]))
+    assert len(rows) == 1
+    assert left_out == {reason: 1}
+
+
+def ui(*parts: dict[str, Any]) -> dict[str, Any]:
+    said = [{"role": "user", "content": "", "parts": [{"type": "text", "text": "Hi"}, *parts]}]
+    answer = [{"type": "text", "text": "Hello"}, {"type": "data-chart", "id": "d", "data": {"a": 1}}]
+    return {"messages": [*said, {"role": "assistant", "content": "", "parts": answer}], "label": True}
+
+
+def test_data_of_an_application_is_no_text_and_named_if_the_user_sent_it(tmp_path: Path) -> None:
+    for records, named in (([ui()], []), ([ui(), ui({"type": "data-doc", "data": "x"})], ["messages[].data-doc"])):
+        rows, _, _, feedback = read(write(tmp_path / "f.jsonl", records))
+        assert rows == [("user: Hi", "assistant: Hello", True)] * len(records)
+        assert [name for name in feedback.unused_beside() if matters_beside(name)] == named
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_langfuse_with_the_prompt_of_its_prompt_management(tmp_path: Path, form: str) -> None:
+    record = {**trace("1", "Hi", "Hello", thumb=[1]), "promptName": "qa", "promptVersion": 3, "prompt": "qa"}
+    rows, _, name, _ = read(write(tmp_path / f"f.{form}", [record]))
+    assert rows == [("Hi", "Hello", True)] or rows == [("user: Hi", "assistant: Hello", True)]
+    assert name == "Langfuse export"
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (
+            {"Prompt": "q", "Completion": "a", "Label": "yes"},
+            'Rename "Prompt" to "prompt", "Completion" to "completion", "Label" to "label", or pass --prompt-field Prompt '
+            "--completion-field Completion --label-field Label.",
+        ),
+        ({"Messages": "[]", "Label": "yes"}, 'Rename "Messages" to "messages", "Label" to "label".'),
+        ({"Instruction": "q", "output": "a", "label": True}, 'Rename "Instruction" to "instruction".'),
+    ],
+)
+def test_columns_in_another_case_are_pointed_out(tmp_path: Path, record: dict[str, Any], words: str) -> None:
+    assert words in refusal(write(tmp_path / "f.csv", [record]))
+
+
+def test_the_split_that_is_read_is_named_in_full(tmp_path: Path) -> None:
+    for name in ("train_prefs", "test_prefs"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a", "label": True}) + "\n")
+    assert warnings_about(str(tmp_path)) == [
+        f'{tmp_path}: the split "train_prefs" is read; --split chooses another: "test_prefs".'
+    ]
