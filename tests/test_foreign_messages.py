@@ -10,6 +10,7 @@ from app_exports import message, openwebui, trace
 from test_app_formats import in_short, read, refusal, write
 
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.messages import as_turns
 from offline_kto.precompute.feedback.used_columns import matters_beside
 from offline_kto.precompute.records.sources import warnings_about
@@ -231,3 +232,135 @@ def test_the_split_that_is_read_is_named_in_full(tmp_path: Path) -> None:
     assert warnings_about(str(tmp_path)) == [
         f'{tmp_path}: the split "train_prefs" is read; --split chooses another: "test_prefs".'
     ]
+
+
+USED = {"city": "Oslo"}
+TEXT = {"type": "text", "text": "I look."}
+CALLED = "assistant: I look. CALL w | tool: rain | assistant: It rains."
+
+
+def calling(*parts: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": list(parts), **more}
+
+
+LAST = {"role": "assistant", "content": "It rains."}
+LANGCHAIN_CALL = {"name": "w", "args": USED, "id": "c", "type": "tool_call"}
+# Messages after the user's, as programs write a call of a tool and its result.
+CALLING: dict[str, list[dict[str, Any]]] = {
+    "ai sdk, model messages": [
+        calling(TEXT, {"type": "tool-call", "toolCallId": "c", "toolName": "w", "input": USED}),
+        {
+            "role": "tool",
+            "content": [{"type": "tool-result", "toolCallId": "c", "output": {"type": "text", "value": "rain"}}],
+        },
+        LAST,
+    ],
+    "ai sdk 4, core messages": [
+        calling(TEXT, {"type": "tool-call", "toolCallId": "c", "toolName": "w", "args": USED}),
+        {"role": "tool", "content": [{"type": "tool-result", "toolCallId": "c", "result": "rain"}]},
+        LAST,
+    ],
+    "langchain, anthropic": [
+        {
+            "type": "ai",
+            "content": [TEXT, {"type": "tool_use", "id": "c", "name": "w", "input": {}, "partial_json": "{}"}],
+            "tool_calls": [LANGCHAIN_CALL],
+        },
+        {"type": "tool", "content": "rain", "tool_call_id": "c"},
+        {"type": "ai", "content": "It rains."},
+    ],
+    "langchain, content blocks": [
+        {"type": "ai", "content": [TEXT, LANGCHAIN_CALL]},
+        {"type": "tool", "content": "rain", "tool_call_id": "c"},
+        {"type": "ai", "content": "It rains."},
+    ],
+    "bedrock": [
+        calling({"text": "I look."}, {"toolUse": {"toolUseId": "c", "name": "w", "input": USED}}),
+        {"role": "user", "content": [{"toolResult": {"toolUseId": "c", "content": [{"text": "rain"}]}}]},
+        LAST,
+    ],
+    "responses": [
+        {"type": "reasoning", "summary": []},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "function_call", "call_id": "c", "name": "w", "arguments": json.dumps(USED)},
+        {"type": "function_call_output", "call_id": "c", "output": "rain"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "It rains."}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CALLING)
+def test_calls_of_tools_and_their_results(name: str) -> None:
+    turns = as_turns([{"role": "user", "content": "Weather?"}, *CALLING[name]], "f:1", "messages")
+    assert in_short(turns) == f"user: Weather? | {CALLED}"
+    calls = [call for one in turns for call in one.get("tool_calls", ())]  # type: ignore[union-attr]
+    assert calls == [{"id": "c", "type": "function", "function": {"name": "w", "arguments": USED}}]
+    assert [one.get("tool_call_id") for one in turns if one["role"] == "tool"] == ["c"]  # type: ignore[index, union-attr]
+
+
+def test_calls_and_results_of_gemini_have_no_ids() -> None:
+    asked = {"role": "user", "parts": [{"text": "Weather?"}]}
+    call = {"role": "model", "parts": [{"functionCall": {"name": "w", "args": USED}}]}
+    result = {"role": "user", "parts": [{"functionResponse": {"name": "w", "response": {"sky": "rain"}}}]}
+    turns = as_turns([asked, call, result, {"role": "model", "parts": [{"text": "It rains."}]}], "f:1", "contents")
+    assert in_short(turns) == 'user: Weather? | assistant:  CALL w | tool: {"sky": "rain"} | assistant: It rains.'
+
+
+def test_parallel_calls_of_an_output_are_one_message() -> None:
+    calls = [{**CALL, "call_id": name, "name": name} for name in "ab"]
+    results = [{**RESULT, "call_id": name, "output": name} for name in "ab"]
+    turns = as_turns([item("I look."), *calls, *results, item("It rains.")], "f:1", "output")
+    assert in_short(turns) == "assistant: I look. CALL a CALL b | tool: a | tool: b | assistant: It rains."
+
+
+def test_a_result_without_its_call_is_kept() -> None:
+    turns = as_turns([{"role": "user", "content": "Hi"}, RESULT, item("It rains.")], "f:1", "messages")
+    assert in_short(turns) == "user: Hi | tool: rain | assistant: It rains."
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "model", "parts": [{"text": "hm", "thought": True}, {"text": "Yes."}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "Yes."},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "reasoning", "reasoning": "hm"}, {"type": "text", "text": "Yes."}]},
+        {"role": "assistant", "content": [{"reasoningContent": {"reasoningText": {"text": "hm"}}}, {"text": "Yes."}]},
+        {"type": "ai", "content": "Yes.", "additional_kwargs": {"reasoning_content": "hm"}},
+    ],
+    ids=["gemini", "mistral", "langchain", "bedrock", "deepseek"],
+)
+def test_reasoning_is_no_part_of_the_text(message: dict[str, Any]) -> None:
+    assert as_turns([message], "f:1", "m") == ({"role": "assistant", "content": "Yes.", "reasoning_content": "hm"},)
+
+
+@pytest.mark.parametrize("key", ["inlineData", "inline_data", "fileData", "file_data", "image", "document"])
+def test_media_of_gemini_and_bedrock_are_left_out(key: str) -> None:
+    with pytest.raises(LeftOut, match="media"):
+        as_turns(
+            [{"role": "user", "content": [{key: {"mimeType": "image/png", "data": "x"}}, {"text": "What?"}]}],
+            "f:1",
+            "m",
+        )
+
+
+def test_a_denied_call_of_the_ai_sdk_has_a_result() -> None:
+    call = {
+        "type": "tool-w",
+        "toolCallId": "c",
+        "state": "output-denied",
+        "input": USED,
+        "approval": {"id": "a", "approved": False},
+    }
+    turns = as_turns([{"role": "assistant", "parts": [call, {"type": "text", "text": "Sorry."}]}], "f:1", "m")
+    assert in_short(turns) == "assistant:  CALL w | tool: Tool execution denied. | assistant: Sorry."
+
+
+def test_an_item_that_is_not_read_is_named_by_its_type() -> None:
+    with pytest.raises(FeedbackError, match='its type "web_search_call", which is not read'):
+        as_turns([{"role": "user", "content": "Hi"}, {"type": "web_search_call", "status": "completed"}], "f:1", "m")

@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.content_parts import text_in
 from offline_kto.kto_core.feedback.foreign_messages import message_of_pair, messages_of_exchanges
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.message_keys import REASONING
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, said
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.text_parts import text_in
 from offline_kto.kto_core.feedback.tool_calls import has_tool_calls
 
 HUMAN_TURN = "\n\nHuman:"

@@ -58,8 +58,12 @@ def langchain_message(value: Mapping[str, object]) -> dict[str, object] | None:
     kind = kind.removesuffix("Chunk").removesuffix("Message").lower()
     kept = {key: item for key, item in inner.items() if key in ("content", "tool_calls", "name", "tool_call_id")}
     extra = inner.get("additional_kwargs")
-    if not kept.get("tool_calls") and isinstance(extra, Mapping) and extra.get("tool_calls"):
-        kept["tool_calls"] = extra["tool_calls"]  # where older versions of LangChain keep them
+    for key in (
+        "tool_calls",
+        "reasoning_content",
+    ):  # where older versions of LangChain keep calls, and DeepSeek its reasoning
+        if not kept.get(key) and isinstance(extra, Mapping) and extra.get(key):
+            kept[key] = extra[key]
     return {"role": kind, **kept}
 
 

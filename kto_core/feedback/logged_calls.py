@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from offline_kto.kto_core.feedback.content_parts import text_in
 from offline_kto.kto_core.feedback.foreign_messages import is_batch, message_of_pair, messages_of_exchanges
 from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.stored_values import opened
+from offline_kto.kto_core.feedback.text_parts import text_in
 
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (

@@ -24,16 +24,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias, TypeGuard
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.content_parts import (
-    Parts,
-    ai_sdk_part,
-    are_text_parts,
-    call_inside,
-    has_calls_inside,
-    is_output,
-    parts_of_output,
-    result_inside,
-)
+from offline_kto.kto_core.feedback.content_parts import Parts
 from offline_kto.kto_core.feedback.foreign_messages import (
     is_batch,
     is_exchange,
@@ -45,12 +36,22 @@ from offline_kto.kto_core.feedback.foreign_messages import (
     openinference_message,
     responses_item,
 )
+from offline_kto.kto_core.feedback.foreign_parts import (
+    ai_sdk_part,
+    call_inside,
+    has_calls_inside,
+    is_output,
+    parts_of_output,
+    result_inside,
+    with_outputs,
+)
 from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
 from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS, REASONING, ROLE_KEYS, ROLES, SPELLINGS, TEXT_KEYS
 from offline_kto.kto_core.feedback.message_text import begins_with_roles, misread_messages
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.tool_calls import called, calls_in
+from offline_kto.kto_core.feedback.text_parts import are_text_parts
+from offline_kto.kto_core.feedback.tool_calls import called, calls_in, without_repeats
 
 Message: TypeAlias = dict[str, Any]
 Turns: TypeAlias = str | tuple[Message, ...]
@@ -90,7 +91,7 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     single = isinstance(value, Mapping) and len(messages) == 1
     turns = tuple(
         one
-        for number, item in enumerate(messages, 1)
+        for number, item in enumerate(with_outputs(messages), 1)
         for one in _message(item, where, f"'{field}'" if single else f"message {number} of '{field}'")
     )
     if not turns:
@@ -193,12 +194,9 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
             raise LeftOut(MEDIA, f"'{key}' of {what}")
     role = _take(given, ROLE_KEYS)
     if not isinstance(role, str):
-        keys = (
-            f"; its keys are {quoted(list(given), 200)}. If one of them has the text, name that key"
-            if role is None
-            else ""
+        raise FeedbackError(
+            f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}{_instead(given) if role is None else ''}."
         )
-        raise FeedbackError(f"{where}: {what} needs a 'role' that is a string, got {quoted(role)}{keys}.")
     role = ROLES.get(role.strip().lower(), role)
     content = _take(given, TEXT_KEYS)
     refusal = given.pop("refusal", None)
@@ -209,8 +207,8 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     if isinstance(content, list | tuple):
         parts = Parts(content, where, what)
         yield from parts.results
-        text, calls = "".join(parts.texts), [*calls, *parts.calls]
-        if parts.reasoning and not any(name in given for name in REASONING):
+        text, calls = "".join(parts.texts), without_repeats([*calls, *parts.calls])
+        if any(parts.reasoning) and not any(name in given for name in REASONING):
             given["reasoning_content"] = "".join(parts.reasoning)
         if parts.results and not text and not calls:
             return
@@ -223,6 +221,13 @@ def _message(value: object, where: str, what: str) -> Iterator[Message]:
     texts = _results_in(text) if role == "tool" and isinstance(text, str) and not calls else [text]
     for one in texts:
         yield {"role": role, "content": one, **copy.deepcopy(given), **({"tool_calls": calls} if calls else {})}
+
+
+def _instead(given: Mapping[str, object]) -> str:
+    """Return what a message without a role has."""
+    kind = given.get("type")
+    known = f" and its type {quoted(kind)}, which is not read" if isinstance(kind, str) else ""
+    return f"; its keys are {quoted(list(given), 200)}{known}. If one of them has the text, name that key"
 
 
 def _results_in(text: str) -> list[str]:

@@ -64,6 +64,15 @@ def call_in(call: object) -> object:
     }
 
 
+def without_repeats(calls: list[object]) -> list[object]:
+    """Return tool calls without those that have the id of an earlier one: some programs write each call twice."""
+    found: dict[object, object] = {}
+    for number, call in enumerate(calls):
+        name = call.get("id") if isinstance(call, Mapping) else None
+        found.setdefault(name if isinstance(name, str) else number, call)
+    return list(found.values())
+
+
 def _read_object(text: str) -> dict[str, object] | None:
     """Return the object in a JSON text of arguments, also if it is encoded twice; None for other text.
 
