@@ -293,9 +293,9 @@ CALLING: dict[str, list[dict[str, Any]]] = {
 def test_calls_of_tools_and_their_results(name: str) -> None:
     turns = as_turns([{"role": "user", "content": "Weather?"}, *CALLING[name]], "f:1", "messages")
     assert in_short(turns) == f"user: Weather? | {CALLED}"
-    calls = [call for one in turns for call in one.get("tool_calls", ())]  # type: ignore[union-attr]
+    calls = [call for one in turns for call in one.get("tool_calls", ())]
     assert calls == [{"id": "c", "type": "function", "function": {"name": "w", "arguments": USED}}]
-    assert [one.get("tool_call_id") for one in turns if one["role"] == "tool"] == ["c"]  # type: ignore[index, union-attr]
+    assert [one.get("tool_call_id") for one in turns if one["role"] == "tool"] == ["c"]
 
 
 def test_calls_and_results_of_gemini_have_no_ids() -> None:
@@ -364,3 +364,112 @@ def test_a_denied_call_of_the_ai_sdk_has_a_result() -> None:
 def test_an_item_that_is_not_read_is_named_by_its_type() -> None:
     with pytest.raises(FeedbackError, match='its type "web_search_call", which is not read'):
         as_turns([{"role": "user", "content": "Hi"}, {"type": "web_search_call", "status": "completed"}], "f:1", "m")
+
+
+GEMINI = {
+    "contents": [{"role": "user", "parts": [{"text": "Hi"}]}],
+    "systemInstruction": {"parts": [{"text": "Be kind."}]},
+}
+CANDIDATES = {"candidates": [{"content": {"role": "model", "parts": [{"text": "Hello"}]}, "finishReason": "STOP"}]}
+AI_CALL = {"toolCallId": "c", "toolName": "w", "input": USED}
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "row"),
+    [
+        (GEMINI, CANDIDATES, (ASKED, "assistant: Hello", True)),
+        ("Hi", {"text": "Hello", "toolCalls": [AI_CALL]}, ("user: Hi", "assistant: Hello CALL w", True)),
+        (
+            "Hi",
+            {"text": "", "toolCalls": [AI_CALL], "finishReason": "tool-calls"},
+            ("user: Hi", "assistant:  CALL w", True),
+        ),
+        ("Hi", {"answer": "Hello", "candidates": ["a", "b"]}, ("user: Hi", "assistant: Hello", True)),
+        ({"question": "Hi", "contents": ["a"]}, "Hello", ("user: Hi", "assistant: Hello", True)),
+    ],
+    ids=["gemini", "text and calls", "calls", "candidates of another kind", "contents of another kind"],
+)
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_calls_logged_in_the_words_of_an_api(tmp_path: Path, asked: Any, answered: Any, row: Any, form: str) -> None:
+    rows, _, _, feedback = read(write(tmp_path / f"f.{form}", [trace("1", asked, answered, thumb=[1])]))
+    assert rows == [row]
+    if "toolCalls" in answered:
+        assert "output.toolCalls" not in feedback.unused_beside()
+
+
+def chat_message(name: str, role: str, parts: list[Any], second: int, vote: bool | None = None) -> dict[str, Any]:
+    at = f"2026-01-01T00:00:0{second}Z"
+    return {
+        "id": name,
+        "chatId": "c",
+        "role": role,
+        "parts": parts,
+        "attachments": [],
+        "createdAt": at,
+        "isUpvoted": vote,
+    }
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_an_answer_that_ends_with_a_result_ends_with_its_call(tmp_path: Path, form: str) -> None:
+    call = {
+        "type": "tool-createDocument",
+        "toolCallId": "c",
+        "state": "output-available",
+        "input": USED,
+        "output": {"id": 1},
+    }
+    records = [
+        chat_message("q", "user", [{"type": "text", "text": "Write"}], 0),
+        chat_message("a", "assistant", [call], 1, True),
+        chat_message("r", "user", [{"type": "text", "text": "More"}], 2),
+        chat_message("b", "assistant", [{"type": "text", "text": "Done."}], 3, False),
+    ]
+    rows, _, _, _ = read(write(tmp_path / f"f.{form}", records))
+    said = "assistant:  CALL createDocument"
+    assert rows == [
+        ("user: Write", said, True),
+        (f'user: Write | {said} | tool: {{"id": 1}} | user: More', "assistant: Done.", False),
+    ]
+
+
+def test_errors_about_joined_messages_show_no_expression(tmp_path: Path) -> None:
+    records = [
+        chat_message("q", "user", [{"type": "file", "url": "u", "mediaType": "image/png"}], 0),
+        chat_message("a", "assistant", [{"type": "text", "text": "A cat."}], 1, True),
+    ]
+    _, left_out, _, feedback = read(write(tmp_path / "f.json", [*records, *two_turns()]), left_out=tmp_path / "out")
+    assert left_out == {"images, audio or other media": 1}
+    assert "sort_by" not in str(feedback.found.left_out.rows)
+
+
+def two_turns() -> list[dict[str, Any]]:
+    said = [("q", "user", "Hi", None), ("a", "assistant", "Hello", True)]
+    made = [chat_message(name, role, [{"type": "text", "text": text}], 0, vote) for name, role, text, vote in said]
+    return [{**one, "chatId": "d", "createdAt": f"2026-01-01T00:00:0{number}Z"} for number, one in enumerate(made)]
+
+
+def test_tools_that_dify_called_are_warned_of(tmp_path: Path) -> None:
+    def turn(name: str, before: str | None, **more: Any) -> dict[str, Any]:
+        beside = {"conversation_id": "c", "parent_message_id": before, "created_at": 1, "feedback": {"rating": "like"}}
+        return {"id": name, "query": "Hi", "answer": name, "message_files": [], **beside, **more}
+
+    for thoughts, warned in (([], 0), ([{"thought": "x", "tool": ""}], 0), ([{"tool": "w", "observation": "rain"}], 1)):
+        path = write(tmp_path / "f.json", [turn("a", None), turn("b", "a", agent_thoughts=thoughts)])
+        notes = read(path)[3].notes()
+        assert sum("agent_thoughts" in one for one in notes) == warned
+
+
+def test_tools_of_chat_ui_are_not_in_its_messages(tmp_path: Path) -> None:
+    def said(name: str, who: str, before: list[str], **more: Any) -> dict[str, Any]:
+        return {"id": name, "from": who, "content": name, "ancestors": before, "children": [], **more}
+
+    tool = [{"type": "status"}, {"type": "tool", "subtype": "call"}]
+    messages = [
+        said("q", "user", []),
+        said("a", "assistant", ["q"], score=1, updates=tool[:1]),
+        said("b", "assistant", ["q"], score=-1, updates=tool),
+    ]
+    rows, left_out, _, _ = read(write(tmp_path / "f.json", [{"_id": "c", "messages": messages}]))
+    assert rows == [("user: q", "assistant: a", True)]
+    assert left_out == {"tool calls that are not in the messages": 1}

@@ -13,6 +13,7 @@ from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.kto_core.feedback.text_parts import text_in
+from offline_kto.kto_core.feedback.tool_calls import are_tool_calls
 
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
@@ -38,8 +39,17 @@ _ANSWERED: Final = (
 _EITHER: Final = ("message", "text", "content")
 _MESSAGES: Final = ("messages", "chat", "conversation")
 _OPTIONS: Final = ("choices", "generations")
+_CONTENTS, _CANDIDATES = "contents", "candidates"  # messages and options of Gemini's
 _HISTORY: Final = ("chat_history", "history")
-_SYSTEM: Final = ("system", "system_prompt", "system_message", "instructions")
+_SYSTEM: Final = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "instructions",
+    "systemInstruction",
+    "system_instruction",
+)
+_CALLS: Final = ("tool_calls", "toolCalls", "function_call")
 # Keys whose value may be an object with the text inside; objects under other keys are settings.
 _OBJECTS: Final = ("input", "inputs", "output", "outputs", "response", "result", "message", "completion", "generation")
 _DESCRIBE: Final = "describe the file with --map FILE, or pass --prompt-field, --completion-field and --label-field"
@@ -64,7 +74,7 @@ def asked(value: object) -> object:
     Raises:
         ValueError: an object whose prompt is not clear.
     """
-    found = _known(value, (*_ASKED, *_MESSAGES, "args", "kwargs"))
+    found = _known(value, (*_ASKED, *_MESSAGES, _CONTENTS, "args", "kwargs"))
     if not isinstance(found, Mapping) or "role" in found:
         return _as_text(found)
     call = _arguments(found)
@@ -92,7 +102,7 @@ def _answered_messages(found: Mapping[str, Any]) -> str | None:
     Raises:
         ValueError: another key has a different answer.
     """
-    name = next((name for name in _MESSAGES if _messages_in(found.get(name))), None)
+    name = next(iter(_message_keys(found)), None)
     messages = [] if name is None else _messages_in(found[name])
     if len(messages) < 2 or not _is_assistant(messages[-1]):
         return None
@@ -156,13 +166,31 @@ def only_routes(found: object) -> list[tuple[str, ...]]:
 
 
 def _answered_keys(found: object) -> list[str]:
-    options = [name for name in _OPTIONS if isinstance(found, Mapping) and opened(found.get(name))]
+    options = _option_keys(found) if isinstance(found, Mapping) else []
     if options or not isinstance(found, Mapping) or "role" in found:
         return options[:1]
     with contextlib.suppress(ValueError):  # raised where the answer is read
         if (name := _answered_messages(found)) is not None:
             return [name]
-    return _answer_keys(found) or _keys_read(found, _ANSWERED, ())
+    calls = _calls_in(found)
+    return [*(_answer_keys(found) or _keys_read(found, _ANSWERED, ())), *([calls] if calls else [])]
+
+
+def _calls_in(found: Mapping[str, Any]) -> str | None:
+    """Return the key of the tool calls beside an answer; None without calls."""
+    return next((name for name in _CALLS if are_tool_calls(opened(found.get(name)))), None)
+
+
+def _option_keys(found: Mapping[str, Any]) -> list[str]:
+    """Return the keys with answers, of which there should be one."""
+    candidates = opened(found.get(_CANDIDATES))
+    are_options = isinstance(candidates, list) and all(
+        isinstance(one, Mapping) and "content" in one for one in candidates
+    )
+    return [
+        *(name for name in _OPTIONS if opened(found.get(name))),
+        *([_CANDIDATES] if candidates and are_options else []),
+    ]
 
 
 def _answer_keys(found: Mapping[str, Any]) -> list[str]:
@@ -173,13 +201,21 @@ def _answer_keys(found: Mapping[str, Any]) -> list[str]:
 def _keys_read(found: object, names: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
     if not isinstance(found, Mapping) or "role" in found:
         return []
-    there = [name for name in _MESSAGES if _messages_in(found.get(name))]
+    there = _message_keys(found)
     read = there[:1] or _known_keys(found, names)
     return [*read, *(name for name in beside if found.get(name))] if read else []
 
 
 def _messages_at(found: Mapping[str, Any]) -> list[Any] | None:
-    return next((messages for name in _MESSAGES if (messages := _messages_in(found.get(name)))), None)
+    return next((_messages_in(found[name]) for name in _message_keys(found)), None)
+
+
+def _message_keys(found: Mapping[str, Any]) -> list[str]:
+    """Return the keys with a list of messages."""
+    names = [name for name in _MESSAGES if _messages_in(found.get(name))]
+    contents = _messages_in(found.get(_CONTENTS))
+    is_gemini = bool(contents) and all(isinstance(one, Mapping) and "parts" in one for one in contents)
+    return [*names, *([_CONTENTS] if is_gemini else [])]
 
 
 def _messages_in(value: object) -> list[Any]:
@@ -204,13 +240,22 @@ def _with_context(found: Mapping[str, Any], text: object) -> object:
     question = _question(turns or text)
     if before and question is not None and _role(before[-1]) == "user" and _said(before[-1]) == question:
         before.pop()  # programs append the question to the history before they ask the model
-    texts = [text_in(found.get(name)) for name in _SYSTEM]
+    texts = [_system_text(found.get(name)) for name in _SYSTEM]
     system = next((one for one in texts if isinstance(one, str) and one.strip()), None)
     if system is not None:
         before.insert(0, {"role": "system", "content": system})
     if not before or text is None:
         return text
     return [*before, *(turns if turns is not None else [{"role": "user", "content": text}])]
+
+
+def _system_text(value: object) -> object:
+    """Return a system text that may be a list of parts; Gemini's is an object with them."""
+    found = opened(value)
+    parts = found.get("parts") if isinstance(found, Mapping) else None
+    if isinstance(parts, list) and all(isinstance(one, Mapping) and isinstance(one.get("text"), str) for one in parts):
+        return "".join(one["text"] for one in parts)
+    return text_in(value)
 
 
 def _earlier(value: object, name: str) -> list[Any]:
@@ -244,7 +289,7 @@ def answered(value: object) -> object:
     Raises:
         ValueError: an object whose answer is not clear.
     """
-    found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS))
+    found = _known(value, (*_ANSWERED, *_MESSAGES, *_OPTIONS, _CANDIDATES))
     if isinstance(found, list):
         # The Responses API lists the reasoning, which is encrypted or a summary, before the message.
         if len(found) == 1 and isinstance(found[0], str):  # a batch of one
@@ -255,8 +300,8 @@ def answered(value: object) -> object:
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):
         return _as_text(found)
-    for name in _OPTIONS:
-        options = opened(found.get(name))
+    for name in _option_keys(found):
+        options = opened(found[name])
         while isinstance(options, list) and len(options) == 1 and isinstance(options[0], list):
             options = options[0]  # a batch of one
         if isinstance(options, list) and options:
@@ -265,14 +310,20 @@ def answered(value: object) -> object:
             return _chosen(options[0])
     # Messages beside an answer are its prompt, unless they contain it.
     messages = _messages_at(found) if _answered_messages(found) or not _answer_keys(found) else None
+    calls = _calls_in(found)
+    if messages is None and calls is not None and not _known_keys(found, _ANSWERED):
+        return {"role": "assistant", "content": "", calls: found[calls]}
     text = messages or _text_at(found, _ANSWERED, "answer")
-    return answered(text) if isinstance(text, Mapping | list) else _as_text(text)
+    if isinstance(text, Mapping | list):
+        return answered(text)
+    text = _as_text(text)
+    return text if calls is None else {"role": "assistant", "content": text, calls: found[calls]}
 
 
 def _chosen(option: object) -> object:
     if not isinstance(option, Mapping):
         return option
-    message = opened(option.get("message")) or option.get("text")
+    message = opened(option.get("message")) or option.get("text") or opened(option.get("content"))
     # A table may have the message's content alone.
     return message.get("content") if isinstance(message, Mapping) and set(message) == {"content"} else message
 

@@ -47,6 +47,8 @@ def calls_in(value: object) -> Iterator[object]:
 def call_in(call: object) -> object:
     if not isinstance(call, Mapping):
         return copy.deepcopy(call)
+    if "toolName" in call and "name" not in call:  # the AI SDK
+        call = {**call, "id": call.get("toolCallId"), "name": call["toolName"]}
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return copy.deepcopy(dict(call))

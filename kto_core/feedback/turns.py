@@ -55,7 +55,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         try:
             copies = conversation.copies[number] if turns.rated is None else [record]
             label = turns.label.read_copies(copies, where)
-            judged = list(conversation.message(turn))
+            judged = _without_last_results(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
             if not before:
                 raise FeedbackError(
@@ -67,7 +67,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         yield {
             "prompt": mapping.stripped(tuple(before)),
-            "completion": mapping.stripped(tuple(judged)),
+            "completion": mapping.stripped(judged),
             "label": label,
             **mapping.beside(record, where),
         }
@@ -75,6 +75,12 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: the judged turn, {quoted(rated)}, is missing")
     if turns.rated is not None and not found:
         raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
+
+
+def _without_last_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return an answer without results of tools after its last call: the model did not write them, and nothing follows them."""
+    size = max((number for number, one in enumerate(messages, 1) if one["role"] != "tool"), default=len(messages))
+    return messages[:size]
 
 
 def _ranked_pairs(
@@ -121,6 +127,7 @@ class _Conversation:
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
+        self._field = turns.messages.name_in(record)
         found = turns.messages.open(record, where)
         if found is None:
             raise LeftOut(MISSING_TURNS, turns.messages.nothing(record))
@@ -244,14 +251,14 @@ class _Conversation:
                 raise LeftOut(reason, path.name_in(turn))
         kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
         kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
-        kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
         if self._spec.text is not None:
             text = self._spec.text.find(turn, self._where)
             kept["content"] = "" if text is None else text  # null is how tables store an empty text
         else:
             names = (*TEXT_KEYS, "parts")
             kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
-        turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
+            kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
+        turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._field)
         assert not isinstance(turns, str)
         return turns
 
