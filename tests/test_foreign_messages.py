@@ -473,3 +473,40 @@ def test_tools_of_chat_ui_are_not_in_its_messages(tmp_path: Path) -> None:
     rows, left_out, _, _ = read(write(tmp_path / "f.json", [{"_id": "c", "messages": messages}]))
     assert rows == [("user: q", "assistant: a", True)]
     assert left_out == {"tool calls that are not in the messages": 1}
+
+
+def test_nested_messages_of_openinference(tmp_path: Path) -> None:
+    call = {"tool_call": {"id": "c", "function": {"name": "w", "arguments": json.dumps(USED)}}}
+    record = {
+        "context.span_id": "s",
+        "annotation_name": "thumbs",
+        "result.label": "good",
+        "attributes.llm.input_messages": [
+            {"message": {"role": "user", "contents": [{"message_content": {"type": "text", "text": "Weather?"}}]}}
+        ],
+        "attributes.llm.output_messages": [
+            {"message": {"role": "assistant", "content": "I look.", "tool_calls": [call]}}
+        ],
+    }
+    for form in ("jsonl", "csv", "parquet"):
+        rows, _, _, _ = read(write(tmp_path / f"f.{form}", [record]))
+        assert rows == [("user: Weather?", "assistant: I look. CALL w", True)]
+
+
+def test_a_logged_answer_that_is_a_list_of_calls(tmp_path: Path) -> None:
+    answer = [{"id": "c", "type": "function", "function": {"name": "w", "arguments": json.dumps(USED)}}]
+    rows, _, _, _ = read(write(tmp_path / "f.jsonl", [trace("1", "Hi", answer, thumb=[1])]))
+    assert rows == [("user: Hi", "assistant:  CALL w", True)]
+
+
+def test_inputs_below_one_name_of_mlflow(tmp_path: Path) -> None:
+    asked = json.dumps({"request": {"input": [{"role": "user", "content": "Hi"}]}})
+    answered = json.dumps({"output": [{**item("Hello"), "id": "m"}]})
+    attributes = {"mlflow.spanInputs": asked, "mlflow.spanOutputs": answered}
+    assessment = {"assessment_name": "thumb", "feedback": {"value": True}}
+    record = {
+        "info": {"assessments": [assessment]},
+        "data": {"spans": [{"parent_span_id": None, "attributes": attributes}]},
+    }
+    rows, _, _, _ = read(write(tmp_path / "f.jsonl", [record]))
+    assert rows == [("user: Hi", "assistant: Hello", True)]

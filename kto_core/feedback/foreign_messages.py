@@ -24,7 +24,7 @@ def messages_in_columns(value: Mapping[str, object]) -> list[object] | None:
 def is_message(value: object) -> bool:
     if not isinstance(value, Mapping):
         return False
-    if langchain_message(value) is not None or isinstance(value.get("message.role"), str):
+    if langchain_message(value) is not None or openinference_message(value) is not None:
         return True
     if is_reasoning_item(value) or responses_item(value) is not None:
         return True
@@ -68,7 +68,13 @@ def langchain_message(value: Mapping[str, object]) -> dict[str, object] | None:
 
 
 def openinference_message(value: Mapping[str, object]) -> dict[str, object] | None:
-    """Return a message of OpenInference's, whose keys begin with "message."; None if it is of another kind."""
+    """Return a message of OpenInference's, whose keys begin with "message." or are nested; None if it is of another kind."""
+    if (
+        isinstance(inner := value.get("message"), Mapping)
+        and isinstance(inner.get("role"), str)
+        and "role" not in value
+    ):
+        return openinference_message({f"message.{key}": item for key, item in inner.items()})
     if not isinstance(value.get("message.role"), str):
         return None
     found = {key.removeprefix("message."): item for key, item in value.items() if key.startswith("message.")}
@@ -107,6 +113,8 @@ def _without_prefixes(value: object, *prefixes: str) -> object:
         return value
     found = dict(value)
     for prefix in prefixes:
+        if isinstance(inner := found.get(prefix.removesuffix(".")), Mapping):
+            found |= inner
         found = {key.removeprefix(prefix): item for key, item in found.items()}
     return found
 

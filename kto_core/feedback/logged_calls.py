@@ -296,6 +296,8 @@ def answered(value: object) -> object:
             return found[0]
         if found and all(isinstance(one, Mapping) and "message" in one and "role" not in one for one in found):
             return answered({"choices": found})
+        if found and all(isinstance(one, Mapping) and isinstance(one.get("function"), Mapping) for one in found):
+            return {"role": "assistant", "content": "", "tool_calls": found}
         kept = [one for one in found if not (isinstance(one, Mapping) and one.get("type") == "reasoning")]
         return kept or None
     if not isinstance(found, Mapping) or "role" in found or _is_langchain(found):

@@ -23,6 +23,7 @@ _CONTEXT = re.compile(
     r"system(?:_(?:prompts?|messages?|msg|text|instructions?|context|role))?|sys|sys_(?:prompt|message|msg|text|instructions?)"
     r"|developer(?:_\w+)?|preamble|persona|(?:\w+_)?instructions?|tools|functions|(?:\w+_)?contexts?|(?:\w+_)?(?:docs?|documents?)"
     r"|(?:\w+_)?passages?|paragraphs?|snippets|sources|citations|references?|(?:\w+_)?chunks|retriev(?:ed|er)(?:_\w+)?|search_results"
+    r"|used_tools|intermediate_steps|tool_(?:results?|outputs?)"
     r"|(?:\w+_)?knowledge(?:_\w+)?|grounding(?:_\w+)?|evidence|(?:\w+_)?history|(?:earlier|previous|prior|past)(?:_\w+)?|thread"
     r"|transcript|pre_?prompt|prompt_prefix|prefix|few_shot\w*|images?|image_\w+|audios?|audio_\w+|videos?|video_\w+|(?:\w+_)?attachments?|files|media"
 )
