@@ -510,3 +510,28 @@ def test_inputs_below_one_name_of_mlflow(tmp_path: Path) -> None:
     }
     rows, _, _, _ = read(write(tmp_path / "f.jsonl", [record]))
     assert rows == [("user: Hi", "assistant: Hello", True)]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        [{**CALL, "call_id": {}}, item("x")],
+        [{**CALL, "call_id": ["c"]}, item("x")],
+        [CALL, {**item("x"), "content": 1}],
+    ],
+)
+def test_damaged_outputs_are_refused(output: list[Any]) -> None:
+    with pytest.raises(FeedbackError, match="'m'"):
+        as_turns([{"role": "user", "content": "Hi"}, *output], "f:1", "m")
+
+
+def test_ids_of_dify_that_are_lists_are_refused(tmp_path: Path) -> None:
+    record = {
+        "id": [],
+        "conversation_id": "c",
+        "parent_message_id": None,
+        "query": "q",
+        "answer": "a",
+        "feedback": None,
+    }
+    assert "ids are text" in refusal(write(tmp_path / "f.jsonl", [record, record]))

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from offline_kto.kto_core.feedback.labels import has_no_value
 from offline_kto.kto_core.feedback.ordering import in_order
+from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.stored_values import entered
 
 # How Dify writes that a message has no parent.
@@ -45,6 +46,10 @@ def threaded(messages: object) -> list[dict[str, Any]]:
         ValueError: the times of such messages are not known.
     """
     found = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    for one in found:
+        for key in ("id", "parent_message_id"):
+            if isinstance(one.get(key), list | dict):
+                raise ValueError(f"the '{key}' of a message is {quoted(one[key])}; ids are text")
     parents = [one.get("parent_message_id") or None for one in found]
     if all(parent not in (None, NIL) for parent in parents):
         return found

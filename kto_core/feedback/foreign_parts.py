@@ -73,7 +73,7 @@ def parts_of_output(items: Iterable[Mapping[str, Any]]) -> Iterator[object]:
         kind = one["type"]
         if kind == "message":
             inner = one.get("content") or []
-            parts = [inner] if isinstance(inner, str) else list(inner)
+            parts = list(inner) if isinstance(inner, list | tuple) else [inner]
             yield from ["\n", *parts] if after_text and parts else parts
             after_text = after_text or bool(parts)
         elif kind == "function_call":
@@ -95,7 +95,7 @@ def with_outputs(messages: list[object]) -> list[object]:
     for is_item, group in itertools.groupby(messages, _is_output_item):
         run = list(group)
         calls, results = (
-            {one.get("call_id") for one in run if isinstance(one, Mapping) and one.get("type") == kind}
+            {str(one.get("call_id")) for one in run if isinstance(one, Mapping) and one.get("type") == kind}
             for kind in ("function_call", "function_call_output")
         )
         joined = is_item and bool(calls) and results <= calls
