@@ -535,3 +535,10 @@ def test_ids_of_dify_that_are_lists_are_refused(tmp_path: Path) -> None:
         "feedback": None,
     }
     assert "ids are text" in refusal(write(tmp_path / "f.jsonl", [record, record]))
+
+
+def test_a_correction_of_langfuse_is_no_score(tmp_path: Path) -> None:
+    scores = [{"name": "thumb", "value": 1}, {"name": "output", "value": 0, "dataType": "CORRECTION"}]
+    record = {**trace("1", "Hi", "Hello"), "scores": scores}
+    rows, _, _, _ = read(write(tmp_path / "f.jsonl", [record]))
+    assert rows == [("user: Hi", "assistant: Hello", True)]
