@@ -43,7 +43,7 @@ from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, 
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.left_out import LeftOut
-from offline_kto.kto_core.feedback.messages import REASONING
+from offline_kto.kto_core.feedback.message_keys import REASONING
 from offline_kto.kto_core.feedback.presets import recognised
 from offline_kto.kto_core.feedback.rating_threshold import resolve_threshold
 from offline_kto.kto_core.feedback.records import parse_record

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from offline_kto.kto_core.feedback.messages import ROLES, Message, Turns, said
+from offline_kto.kto_core.feedback.message_keys import ROLES
+from offline_kto.kto_core.feedback.messages import Message, Turns, said
 from offline_kto.kto_core.feedback.turn_headers import user_header
 
 # Turn markers in raw text: Anthropic's (hh-rlhf) and NVIDIA's (HelpSteer, NeMo).

@@ -12,11 +12,13 @@ from offline_kto.kto_core.errors import TokenizationError, printable, said_by
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
 from offline_kto.kto_core.feedback.findings import Findings
 from offline_kto.kto_core.feedback.message_formats import MessageFormat, message_formats
-from offline_kto.kto_core.feedback.messages import REASONING, Message, has_tool_calls
+from offline_kto.kto_core.feedback.message_keys import REASONING
+from offline_kto.kto_core.feedback.messages import Message
 from offline_kto.kto_core.feedback.plain_rendering import PlainRendering
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.round_trip import CONTENT, TOOL, Missing, Probe, form_of, missing
 from offline_kto.kto_core.feedback.template_settings import NOT_FOR_DATA, switches
+from offline_kto.kto_core.feedback.tool_calls import has_tool_calls
 from offline_kto.kto_core.feedback.turn_headers import TurnHeaders
 from offline_kto.kto_core.library_types import Tokenizer
 

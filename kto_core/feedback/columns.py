@@ -10,7 +10,8 @@ from offline_kto.kto_core.feedback.conversations import SYSTEM_COLUMNS, alpaca_p
 from offline_kto.kto_core.feedback.judging import COUNTS, SEVERAL, WEIGHT
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.left_out import OneCountLeftOut
-from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, Turns, said
+from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS
+from offline_kto.kto_core.feedback.messages import Turns, said
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
 

@@ -8,9 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.foreign_messages import message_of_pair, messages_of_exchanges
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
-from offline_kto.kto_core.feedback.messages import REASONING, Message, Turns, as_conversation, has_tool_calls, said
+from offline_kto.kto_core.feedback.message_keys import REASONING
+from offline_kto.kto_core.feedback.messages import Message, Turns, as_conversation, said
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.text_parts import text_in
+from offline_kto.kto_core.feedback.tool_calls import has_tool_calls
 
 HUMAN_TURN = "\n\nHuman:"
 ASSISTANT_TURN = "\n\nAssistant:"
@@ -258,20 +262,14 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
             value = json.loads(value) if value.strip() else None
     if value is None or value == []:
         return ()
-    turns: list[Message] = []
-    pairs = value if isinstance(value, list | tuple) else [value]
-    if all(isinstance(one, Mapping) for one in pairs):
+    items = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(one, Mapping) or message_of_pair(one) is not None for one in items):
         return as_conversation(value, where, "history")
-    for number, pair in enumerate(pairs, 1):
-        match pair:
-            case [str() as asked, None] if number == len(pairs):
-                turns.extend(said("user", asked))
-            case [str() as asked, str() as answered]:
-                turns.extend(said("user", asked) + said("assistant", answered))
-            case _:
-                raise FeedbackError(
-                    f"{where}: 'history' must be a list of [question, answer] pairs or of messages, got {quoted(value)}."
-                )
+    turns = messages_of_exchanges(items)
+    if turns is None:
+        raise FeedbackError(
+            f"{where}: 'history' must be a list of [question, answer] pairs or of messages, got {quoted(value)}."
+        )
     return tuple(turns)
 
 
@@ -290,7 +288,8 @@ def system_text(record: Mapping[str, object], where: str) -> str:
     Raises:
         FeedbackError: two columns with different texts.
     """
-    found = {name: text for name in SYSTEM_COLUMNS if (text := _text(record, name, where)).strip()}
+    texts = {name: text_in(record[name]) for name in SYSTEM_COLUMNS if name in record}
+    found = {name: text for name in texts if (text := _text(texts, name, where)).strip()}
     if len(set(found.values())) > 1:
         raise FeedbackError(f"{where}: {' and '.join(map(repr, found))} differ. Keep one of them.")
     return next(iter(found.values()), "")

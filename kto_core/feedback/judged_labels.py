@@ -6,7 +6,6 @@ from functools import partial
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import LABELS, FeedbackFields, columns_in_words
-from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.judging import (
     SEVERAL,
     WEIGHT,
@@ -21,6 +20,7 @@ from offline_kto.kto_core.feedback.judging import (
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut, ObjectivesLeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import is_printed, opened
 from offline_kto.kto_core.judgements import Judgement
 
 

@@ -9,13 +9,14 @@ from typing import Any
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS, LABELS, FeedbackFields
 from offline_kto.kto_core.feedback.conversations import check_completion, with_system
-from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.foreign_messages import message_of_pair
 from offline_kto.kto_core.feedback.judging import Reading, judge
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, as_conversation
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import opened
 
 # Keys of a message that are its label. A score beside a label of the record may be something else, such as a similarity.
 _KEYS = ("label", "feedback", "rating", "kto_tag", "thumbs", "thumb", "vote", "reaction")
@@ -35,6 +36,7 @@ def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackF
     turns = opened(present.get(name))
     if fields.completion is not None or not isinstance(turns, list | tuple):
         return None
+    turns = [message_of_pair(one) or one for one in turns]
     found = _by_message(present, turns, where, fields) or _by_list(present, name, turns, where, fields)
     if found is None:
         return None

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import is_printed, opened
 from offline_kto.kto_core.feedback.labels import (
     COUNT,
     GRADED,
@@ -28,6 +27,7 @@ from offline_kto.kto_core.feedback.left_out import (
     OneCountLeftOut,
 )
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import is_printed, opened
 from offline_kto.kto_core.judgements import Judgement, Masses
 
 # Names of the two counts of votes, in a record or in an object.

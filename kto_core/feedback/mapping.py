@@ -254,11 +254,11 @@ class Mapping:
             row["label"] = self.label.read(data, where)
         if self.conversation is not None:
             value = self._asked(self.conversation, data, where)
-            row["messages"] = self._messages(value, where, self.conversation)
+            row["messages"] = self._messages(value, where, self.conversation, data)
         if self.completion is not None:
             row["completion"] = self.answer(self.completion.find(data, where), self.completion, data, where)
         if self.prompt is not None:
-            row["prompt"] = as_turns(self._asked(self.prompt, data, where), where, self.prompt.text)
+            row["prompt"] = _turns_at(self.prompt, self._asked(self.prompt, data, where), data, where)
         if self._is_one_conversation(row):
             row["messages"] = row.pop("prompt")
             del row["completion"]
@@ -297,14 +297,14 @@ class Mapping:
             raise LeftOut(NO_PROMPT, path.nothing(data))
         return value
 
-    def _messages(self, value: object, where: str, path: Path) -> Turns:
+    def _messages(self, value: object, where: str, path: Path, data: Record) -> Turns:
         """Return a conversation without the text that `strip` matches. Raises: FeedbackError: it is text."""
         label = None if self.label is None else self.label.path
         check_is_list(value, where, path.text, label="PATH" if label is None else label.text)
-        turns = as_turns(value, where, path.text)
+        turns = _turns_at(path, value, data, where)
         if isinstance(turns, str):
             raise FeedbackError(
-                f"{where}: {path.source}: {quoted(path.text)} must be a list of messages, got {quoted(turns)}."
+                f"{where}: {path.source}: {quoted(path.name_in(data))} must be a list of messages, got {quoted(turns)}."
             )
         return self.stripped(turns)
 
@@ -312,7 +312,7 @@ class Mapping:
         """Return an answer without the text that `strip` matches. Raises: LeftOut: there is no value."""
         if value in (None, [], {}):
             raise LeftOut(EMPTY, path.nothing(data))
-        return self.stripped(as_turns(value, where, path.text))
+        return self.stripped(_turns_at(path, value, data, where))
 
     def stripped(self, turns: Turns) -> Turns:
         """Return turns without the text of the assistant that `strip` matches."""
@@ -331,6 +331,14 @@ class Mapping:
         for pattern in self.strip:
             text = pattern.sub("", text)
         return text
+
+
+def _turns_at(path: Path, value: object, data: Record, where: str) -> Turns:
+    """Return the value at a path as `as_turns` does; errors name the keys that the path reads."""
+    try:
+        return as_turns(value, where, path.text)
+    except (FeedbackError, LeftOut):
+        return as_turns(value, where, path.name_in(data))  # raises the same error; finding the name takes time
 
 
 def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None, votes: str) -> Mapping:

@@ -15,6 +15,7 @@ _CLASSES = (
 _PRINTED = (
     re.compile(rf"\s*(?:array\(|\()?\[?\s*\{{\s*{_PYTHON_KEY}\s*:"),
     re.compile(rf"\s*[\[(]?\s*{_CLASSES}\(\w+="),
+    re.compile(r"\s*[\[(]\s*[\[(]\s*'(?:human|ai|user|assistant|system|developer)'\s*,"),
     re.compile(rf"\s*[\[(]?\s*OrderedDict\([\[({{]*{_PYTHON_KEY}\s*[:,]"),
     re.compile(r"""\s*b(?:'\s*\[?\s*\{\s*"|"\s*\[?\s*\{\s*\\?['"])(?:role|from|messages)\\?["']"""),
     re.compile(r"""\s*content=(?:'|").*(?:'|") (?:additional_kwargs|response_metadata)=\{""", re.DOTALL),

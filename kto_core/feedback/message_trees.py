@@ -3,7 +3,7 @@
 from typing import Final
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.stored_values import opened
 
 # Keys of a message with the id of the one before it, and with its own.
 _PARENTS: Final = (

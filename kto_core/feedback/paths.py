@@ -55,7 +55,7 @@ from jmespath.exceptions import (
 )
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, nearest
-from offline_kto.kto_core.feedback import exports
+from offline_kto.kto_core.feedback import export_conversations, export_scores, logged_calls, stored_values
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import EMPTY, LeftOut
 from offline_kto.kto_core.feedback.ordering import in_order
@@ -88,51 +88,51 @@ class _Functions(functions.Functions):
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_entered(self, value: Any) -> Any:
-        return exports.entered(value)
+        return stored_values.entered(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_pairs(self, value: Any) -> Any:
-        return exports.pairs(value)
+        return export_conversations.pairs(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_only(self, value: Any) -> Any:
-        return exports.only(value)
+        return logged_calls.only(value)
 
     @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_has(self, value: Any, keys: list[str]) -> bool:
-        return exports.has(value, keys)
+        return stored_values.has(value, keys)
 
     @functions.signature({"types": []}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_under(self, value: Any, prefix: str) -> Any:
-        return exports.under(value, prefix)
+        return stored_values.under(value, prefix)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_scored(self, value: Any) -> Any:
-        return exports.scored(value)
+        return export_scores.scored(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_nested(self, value: Any) -> Any:
-        return exports.nested(value)
+        return stored_values.nested(value)
 
     @functions.signature({"types": []}, {"types": ["string"]}, {"types": []})  # type: ignore[untyped-decorator]
     def _func_matching(self, values: Any, key: str, value: Any) -> Any:
-        return exports.matching(values, key, value)
+        return stored_values.matching(values, key, value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked(self, value: Any) -> Any:
-        return exports.asked(value)
+        return logged_calls.asked(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_asked_before(self, value: Any) -> Any:
-        return exports.asked_before(value)
+        return logged_calls.asked_before(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_answered(self, value: Any) -> Any:
-        return exports.answered(value)
+        return logged_calls.answered(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_submitted(self, value: Any) -> Any:
-        return exports.submitted(value)
+        return export_scores.submitted(value)
 
     @functions.signature({"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_agreed(self, values: list[Any]) -> Any:
@@ -143,31 +143,31 @@ class _Functions(functions.Functions):
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_each_counted(self, value: Any) -> Any:
-        return exports.each_counted(value)
+        return export_scores.each_counted(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_own_scores(self, value: Any) -> Any:
-        return exports.own_scores(value)
+        return export_scores.own_scores(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_other_scores(self, value: Any) -> Any:
-        return exports.other_scores(value)
+        return export_scores.other_scores(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_threaded(self, value: Any) -> Any:
-        return exports.threaded(value)
+        return export_conversations.threaded(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_gathered(self, value: Any) -> Any:
-        return exports.gathered(value)
+        return export_scores.gathered(value)
 
     @functions.signature({"types": []})  # type: ignore[untyped-decorator]
     def _func_unescaped(self, value: Any) -> Any:
-        return exports.unescaped(value)
+        return export_conversations.unescaped(value)
 
     @functions.signature({"types": []}, {"types": ["array"]})  # type: ignore[untyped-decorator]
     def _func_without(self, value: Any, keys: list[str]) -> Any:
-        return exports.without(value, keys)
+        return stored_values.without(value, keys)
 
     @functions.signature({"types": ["string"]}, {"types": ["string"]})  # type: ignore[untyped-decorator]
     def _func_split(self, value: str, mark: str) -> list[str]:
@@ -206,8 +206,17 @@ def _message(role: str, content: object) -> dict[str, Any]:
 
 def _sorted(values: list[Any], key: Any) -> list[Any]:
     """Return values in the order of what an expression finds in each of them."""
-    keys = in_order([key.visit(key.expression, one) for one in values])
+    try:
+        keys = in_order([key.visit(key.expression, one) for one in values])
+    except ValueError as error:
+        raise ValueError(f"by {quoted(_fields(key.expression), 200)[1:-1]}, {error}") from None
     return [values[number] for number in sorted(range(len(values)), key=keys.__getitem__)]
+
+
+def _fields(node: Mapping[str, Any]) -> list[str]:
+    """Return the keys that an expression names."""
+    below = [name for child in node.get("children", []) if isinstance(child, Mapping) for name in _fields(child)]
+    return [node["value"], *below] if node["type"] == "field" else below
 
 
 class _Interpreter(visitor.TreeInterpreter):
@@ -223,6 +232,11 @@ class _Interpreter(visitor.TreeInterpreter):
 
 
 _INTERPRETER = _Interpreter(jmespath.Options(custom_functions=_Functions()))
+
+
+# Expressions that consist of names and positions; others are not shown in messages about records.
+_PLAIN = re.compile(r"""(?:[\w.@\[\]-]|"[^"]*")+""")
+_MOST_NAMES = 3
 
 
 class Path:
@@ -265,8 +279,24 @@ class Path:
             return _INTERPRETER.visit(self._parsed, record)
         except ValueError as error:  # JMESPath's own errors, and those of the functions above
             raise FeedbackError(
-                f"{where}: {self.source}: {quoted(self.text)} cannot be applied to this record: {_failure(error)}."
+                f"{where}: {self.source}: {self._shown(record)} cannot be read: {_failure(error)}."
             ) from None
+
+    def name_in(self, record: Mapping[str, object]) -> str:
+        """Return a name for the value in a record: the expression if it consists of names, else the keys that it reads."""
+        if _PLAIN.fullmatch(self.text) or self.problem:
+            return self.text
+        try:
+            found = sorted(self.routes(record))
+        except ValueError:
+            found = []
+        names = [".".join(route) for route in found if opened_at(record, route) is not None]
+        names = names or [".".join(route) for route in found]
+        return ", ".join(names) if 0 < len(names) <= _MOST_NAMES else self.source.rpartition(": ")[2]
+
+    def _shown(self, record: Mapping[str, object]) -> str:
+        name = self.name_in(record)
+        return "the value" if self.source.endswith(name) else quoted(name, 200)
 
     def nothing(self, record: Mapping[str, object]) -> str:
         """Return a sentence about a record without a value at this path: where it is written, and what there is instead."""
@@ -280,7 +310,9 @@ class Path:
                 place, value = quoted(".".join(names[:number])), found
         keys = [name for name, one in value.items() if one is not None] if isinstance(value, Mapping) else []
         inside = f"has {quoted(keys, 200)}" if isinstance(value, Mapping) else f"is {quoted(value)}"
-        return f"{self.source}: nothing at {quoted(self.text)}; {place} {inside}{f' ({self.problem})' if self.problem else ''}"
+        shown = self._shown(record)
+        found = "nothing found" if shown == "the value" else f"nothing at {shown}"
+        return f"{self.source}: {found}; {place} {inside}{f' ({self.problem})' if self.problem else ''}"
 
     def routes(self, record: Mapping[str, object]) -> set[Route]:
         """Return the routes that the expression reads in a record."""
@@ -297,7 +329,7 @@ class Path:
         """Return like `find`, with JSON text opened. Raises: FeedbackError: also a value as Python prints it."""
         value = self.find(record, where)
         try:
-            return exports.entered(value)
+            return stored_values.entered(value)
         except ValueError as error:
             raise FeedbackError(f"{where}: {self.source}: {quoted(self.text)} is {error}.") from None
 
@@ -344,9 +376,9 @@ def opened_at(record: Mapping[str, object], names: Sequence[str]) -> object:
     """Return the value under nested keys, with JSON text opened; None if there is none."""
     value: object = record
     for name in names:
-        value = exports.opened(value)
+        value = stored_values.opened(value)
         value = value.get(name) if isinstance(value, Mapping) else None
-    return exports.opened(value)
+    return stored_values.opened(value)
 
 
 def _mistake(error: JMESPathError, text: str) -> str:

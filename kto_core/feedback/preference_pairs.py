@@ -23,13 +23,13 @@ from offline_kto.kto_core.feedback.conversations import (
     shared_beginning,
     with_system,
 )
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.json_values import canonical_json
 from offline_kto.kto_core.feedback.labels import is_tie, number_in
 from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
 from offline_kto.kto_core.feedback.paths import Path, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import opened
 
 
 def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:

@@ -6,7 +6,7 @@ A route without further keys is read whole, and so is a list, except for `rows`:
 from collections.abc import Mapping
 from typing import Any, Final
 
-from offline_kto.kto_core.feedback import exports
+from offline_kto.kto_core.feedback import logged_calls, stored_values
 
 Route = tuple[str, ...]
 
@@ -28,7 +28,7 @@ def routes(node: Mapping[str, Any], record: Mapping[str, Any]) -> set[Route]:
     found: set[Route] = set()
     for route in _follow(node, {()}, record):
         if route[:1] == (_NESTED,):
-            found |= {(name,) for name in record if route[1:] and _begins(exports.segments(name), route[1:])}
+            found |= {(name,) for name in record if route[1:] and _begins(stored_values.segments(name), route[1:])}
         elif route and route[0] != _VALUES:
             found.add(route)
     return found
@@ -101,10 +101,10 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
     if name == "submitted":
         return {("responses",), ("status",)}
     chosen = {
-        "asked": exports.asked_routes,
-        "asked_before": exports.asked_routes,
-        "answered": exports.answered_routes,
-        "only": exports.only_routes,
+        "asked": logged_calls.asked_routes,
+        "asked_before": logged_calls.asked_routes,
+        "answered": logged_calls.answered_routes,
+        "only": logged_calls.only_routes,
     }.get(name)
     if chosen is not None:
         return {(*route, *one) for route in first for one in chosen(_value_at(record, route)) or [()]}
@@ -114,8 +114,8 @@ def _called(name: str, found: list[set[Route]], nodes: list[Any], record: Mappin
 def _value_at(record: Mapping[str, Any], route: Route) -> object:
     value: object = record
     if route[:1] == (_NESTED,):
-        value, route = exports.nested(record), route[1:]
+        value, route = stored_values.nested(record), route[1:]
     for name in route:
-        value = exports.opened(value)
+        value = stored_values.opened(value)
         value = value.get(name) if isinstance(value, Mapping) else None
-    return exports.opened(value)
+    return stored_values.opened(value)

@@ -21,6 +21,7 @@ from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.chat_markers import as_chat
 from offline_kto.kto_core.feedback.columns import (
     CALLS,
+    COLUMNS,
     COMPLETIONS,
     CONVERSATIONS,
     LABELS,
@@ -43,26 +44,21 @@ from offline_kto.kto_core.feedback.conversations import (
     split_conversation,
     with_system,
 )
-from offline_kto.kto_core.feedback.exports import is_printed, opened
+from offline_kto.kto_core.feedback.foreign_messages import messages_in_columns
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
 from offline_kto.kto_core.feedback.judged_labels import is_unrated, judged_row, row_weight
 from offline_kto.kto_core.feedback.judged_messages import judged_messages
 from offline_kto.kto_core.feedback.judging import Reading, of_label
 from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
+from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_trees import check_is_list
-from offline_kto.kto_core.feedback.messages import (
-    ROLES,
-    Message,
-    Turns,
-    are_tool_calls,
-    as_conversation,
-    as_turns,
-    has_tool_calls,
-    messages_in_columns,
-)
+from offline_kto.kto_core.feedback.messages import Message, MisreadMessagesError, Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import is_printed, opened
+from offline_kto.kto_core.feedback.tool_calls import are_tool_calls, has_tool_calls
 from offline_kto.kto_core.judgements import Judgement, Masses
 
 # Keys that say something about a message and are no part of it.
@@ -209,7 +205,7 @@ def _rows(
         ]
     try:
         form, prompt, completion = _single(record, present, where, fields)
-    except _UnknownFormatError:
+    except (_UnknownFormatError, MisreadMessagesError):
         raise
     except FeedbackError:
         if is_unrated(present, where, fields):  # it could not be used if it had no defect
@@ -466,6 +462,13 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
             f"{where}: none of the known formats; the columns {quoted(printed, 200)} contain values as Python prints them. Write these "
             "columns with json.dumps, or save the data as JSON Lines or Parquet."
         )
+    if renamed := _other_case(present):
+        renames = ", ".join(f"{quoted(name)} to {quoted(usual)}" for name, usual in renamed.items())
+        options = [f"{_OPTIONS[usual]} {key_path(name)}" for name, usual in renamed.items() if usual in _OPTIONS]
+        instead = f", or pass {' '.join(options)}" if len(options) == len(renamed) else ""
+        return _UnknownFormatError(
+            f"{where}: none of the known formats, whose columns have names in lower case. Rename {renames}{instead}."
+        )
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
             todo = (
@@ -485,6 +488,23 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
         " name them: --prompt-field, --completion-field, --label-field), messages and label, or chosen and"
         " rejected; or describe the file with --map FILE."
     )
+
+
+# The option that names a column of each usual name.
+_OPTIONS = {
+    **dict.fromkeys(PROMPTS, "--prompt-field"),
+    **dict.fromkeys(COMPLETIONS, "--completion-field"),
+    **dict.fromkeys(LABELS, "--label-field"),
+}
+
+
+def _other_case(present: Mapping[str, object]) -> dict[str, str]:
+    """Return the columns whose names are known in lower case, by these names; empty if they are not enough for a row."""
+    lower = {name.lower() for name in present}
+    has_sides = lower & {*PROMPTS, "instruction"} and lower & {*COMPLETIONS, "output"}
+    if not (has_sides or lower.intersection(CONVERSATIONS) or lower >= {"chosen", "rejected"}):
+        return {}
+    return {name: name.lower() for name in present if name.lower() in COLUMNS and name.lower() not in present}
 
 
 class _UnknownFormatError(FeedbackError):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from offline_kto.kto_core.feedback.messages import REASONING, Message
+from offline_kto.kto_core.feedback.message_keys import REASONING
+from offline_kto.kto_core.feedback.messages import Message
 
 CONTENT: Final = "content"
 THOUGHT: Final = "reasoning"

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
-from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
-from offline_kto.kto_core.feedback.messages import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS, Message, as_turns
+from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS
+from offline_kto.kto_core.feedback.messages import Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.stored_values import opened
 
 
 def mapped_rows(mapping: Mapping, record: Record, where: str) -> Iterator[Native | LeftOut]:
@@ -54,7 +55,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         try:
             copies = conversation.copies[number] if turns.rated is None else [record]
             label = turns.label.read_copies(copies, where)
-            judged = list(conversation.message(turn))
+            judged = _without_last_results(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
             if not before:
                 raise FeedbackError(
@@ -66,7 +67,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
             continue
         yield {
             "prompt": mapping.stripped(tuple(before)),
-            "completion": mapping.stripped(tuple(judged)),
+            "completion": mapping.stripped(judged),
             "label": label,
             **mapping.beside(record, where),
         }
@@ -74,6 +75,12 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: the judged turn, {quoted(rated)}, is missing")
     if turns.rated is not None and not found:
         raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
+
+
+def _without_last_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return an answer without results of tools after its last call: the model did not write them, and nothing follows them."""
+    size = max((number for number, one in enumerate(messages, 1) if one["role"] != "tool"), default=len(messages))
+    return messages[:size]
 
 
 def _ranked_pairs(
@@ -120,6 +127,7 @@ class _Conversation:
 
     def __init__(self, mapping: Mapping, turns: JudgedTurns, record: Record, where: str) -> None:
         self._mapping, self._spec, self._where = mapping, turns, where
+        self._field = turns.messages.name_in(record)
         found = turns.messages.open(record, where)
         if found is None:
             raise LeftOut(MISSING_TURNS, turns.messages.nothing(record))
@@ -240,7 +248,7 @@ class _Conversation:
         """Return a turn as messages."""
         for reason, path in self._spec.leave_out:
             if holds(path.find(turn, self._where)):
-                raise LeftOut(reason, path.text)
+                raise LeftOut(reason, path.name_in(turn))
         kept = {name: turn[name] for name in _KEPT if turn.get(name) is not None}
         kept |= {name: turn[name] for name in REASONING if isinstance(turn.get(name), str)}
         if self._spec.text is not None:
@@ -250,7 +258,7 @@ class _Conversation:
             names = (*TEXT_KEYS, "parts")
             kept |= {name: _parts(turn[name]) for name in names if turn.get(name) is not None}
             kept |= {name: turn[name] for name in MEDIA_KEYS if holds(turn.get(name))}
-        turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._spec.messages.text)
+        turns = as_turns([{"role": self.role(turn), **kept}], self._where, self._field)
         assert not isinstance(turns, str)
         return turns
 

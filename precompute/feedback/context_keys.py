@@ -3,7 +3,8 @@
     {"input": {"kwargs": {"question": "...", "context": "..."}}}        input.kwargs.context
     {"messages": [{"role": "user", "content": "...", "files": [...]}]}  messages[].files
 
-Values that are read, and the parts of messages that are read elsewhere, are no such keys.
+Values that are read, and the parts of messages that are read elsewhere, are no such keys. Parts of the AI SDK with data in a
+user's message are: "messages[].data-chart".
 """
 
 import functools
@@ -12,16 +13,17 @@ from collections.abc import Collection, Iterable
 from collections.abc import Mapping as AnyMapping
 from typing import Any
 
-from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS
+from offline_kto.kto_core.feedback.message_keys import DATA_PART, MESSAGE_KEYS, ROLES
 from offline_kto.kto_core.feedback.paths import opened_at
 from offline_kto.kto_core.feedback.reads import Route
+from offline_kto.kto_core.feedback.stored_values import opened
 
 # Names of what a model saw beside the question: a system text, documents, earlier turns, tools, media.
 _CONTEXT = re.compile(
     r"system(?:_(?:prompts?|messages?|msg|text|instructions?|context|role))?|sys|sys_(?:prompt|message|msg|text|instructions?)"
     r"|developer(?:_\w+)?|preamble|persona|(?:\w+_)?instructions?|tools|functions|(?:\w+_)?contexts?|(?:\w+_)?(?:docs?|documents?)"
-    r"|(?:\w+_)?passages?|paragraphs?|snippets|sources|citations|references?|(?:\w+_)?chunks|retrieved(?:_\w+)?|search_results"
+    r"|(?:\w+_)?passages?|paragraphs?|snippets|sources|citations|references?|(?:\w+_)?chunks|retriev(?:ed|er)(?:_\w+)?|search_results"
+    r"|used_tools|intermediate_steps|tool_(?:results?|outputs?)"
     r"|(?:\w+_)?knowledge(?:_\w+)?|grounding(?:_\w+)?|evidence|(?:\w+_)?history|(?:earlier|previous|prior|past)(?:_\w+)?|thread"
     r"|transcript|pre_?prompt|prompt_prefix|prefix|few_shot\w*|images?|image_\w+|audios?|audio_\w+|videos?|video_\w+|(?:\w+_)?attachments?|files|media"
 )
@@ -44,7 +46,13 @@ def is_context(name: str) -> bool:
 
 def changes_a_message(key: str) -> bool:
     """Return whether a key of a message, by its name, changes the meaning of a row."""
-    return _OF_MESSAGE.fullmatch(key) is not None
+    return _OF_MESSAGE.fullmatch(key) is not None or key.startswith(DATA_PART)
+
+
+def is_data_part(value: AnyMapping[str, object]) -> bool:
+    """Return whether an object is a part of the AI SDK's with data, which only the code of an application turns into words."""
+    kind = value.get("type")
+    return type(kind) is str and kind.startswith(DATA_PART)
 
 
 def unusual(items: Iterable[object]) -> list[object]:
@@ -66,6 +74,8 @@ def context_names(value: object) -> set[str]:
     while rest:
         one = rest.pop()
         if isinstance(one, dict):
+            if is_data_part(one):
+                found.add(one["type"])
             for key, inner in one.items():
                 if inner and type(key) is str:
                     if is_context(key):
@@ -107,6 +117,8 @@ def unread_context(
             rest += [(route, name if name.endswith("[]") else f"{name}[]", one) for one in value]
         elif isinstance(value, dict):
             kept = _without_parts(value)
+            if ROLES.get(str(value.get("role"))) == "user":
+                found |= {f"{name}.{kind}" for kind in _data_parts(value)}
             for key, inner in kept.items():
                 here = (*route, key)
                 is_read = here in above or here in read or key in known or ("[]" in name and key in words)
@@ -125,6 +137,16 @@ def _without_parts(value: AnyMapping[str, Any]) -> dict[str, Any]:
         for key, inner in value.items()
         if inner not in (None, "", [], {}) and inner is not False and not (is_message and key in MESSAGE_KEYS)
     }
+
+
+def _data_parts(message: AnyMapping[str, Any]) -> set[str]:
+    """Return the types of the parts with data in a message."""
+    parts = opened(message.get("parts"))
+    return (
+        {one["type"] for one in parts if isinstance(one, dict) and is_data_part(one)}
+        if isinstance(parts, list)
+        else set()
+    )
 
 
 def _are_turns(value: AnyMapping[str, object]) -> bool:

@@ -9,8 +9,9 @@ from typing import Final
 
 from offline_kto.kto_core.errors import shown
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
+from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_text import resembles_messages
-from offline_kto.kto_core.feedback.messages import ROLES, Turns
+from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.precompute.feedback.places_found import Places
 

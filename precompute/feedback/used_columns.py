@@ -21,8 +21,8 @@ from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.mapping import Mapping
+from offline_kto.kto_core.feedback.message_keys import MESSAGE_KEYS, TEXT_KEYS
 from offline_kto.kto_core.feedback.message_text import begins_with_roles
-from offline_kto.kto_core.feedback.messages import MESSAGE_KEYS, TEXT_KEYS
 from offline_kto.kto_core.feedback.paths import Path, opened_at, option_path
 from offline_kto.kto_core.feedback.reads import Route
 from offline_kto.kto_core.feedback.turns import KEYS_OF_TURNS

@@ -165,10 +165,24 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     if split not in found:
         raise _no_split_of_folder(path, split, {**found, **finer})
     files = [file for file in found[split] if file.name not in _DATASET_NOTES]
-    merged = [name for name, named in finer.items() if set(named) & set(files)]
+    merged = _sharing(finer, files)
     if len(merged) > 1:
         raise no_split(_shown_name(path), split, merged)
     return files
+
+
+def split_in_full(path: Path, split: str) -> str:
+    """Return the name of a split in the names of a folder's files: "train_prefs" if that is what is read as "train"."""
+    if is_saved(path):
+        return split
+    found = _splits(path)
+    finer = _named_splits(path, found)
+    return split if split in finer else next(iter(_sharing(finer, found.get(split, []))), split)
+
+
+def _sharing(splits: dict[str, list[Path]], files: list[Path]) -> list[str]:
+    """Return the splits that have any of the files."""
+    return [name for name, named in splits.items() if set(named) & set(files)]
 
 
 def _no_split_of_folder(path: Path, split: str, found: Iterable[str]) -> FeedbackError:

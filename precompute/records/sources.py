@@ -36,6 +36,7 @@ from offline_kto.precompute.records.dataset_records import (
     dataset_name,
     is_saved,
     read_dataset,
+    split_in_full,
     splits_of,
     suggest,
     unread_files,
@@ -209,9 +210,10 @@ def warnings_about(data: str, split: str = "train") -> list[str]:
     path, kind = _look(data)
     if kind != "folder":
         return []
-    others = [name for name in splits_of(path) if name != split]
+    read = split_in_full(path, split)
+    others = [name for name in splits_of(path) if name != read]
     found = (
-        [f"{data}: the split {quoted(split)} is read; --split chooses another: {quoted(others, 200)[1:-1]}."]
+        [f"{data}: the split {quoted(read)} is read; --split chooses another: {quoted(others, 200)[1:-1]}."]
         if others
         else []
     )

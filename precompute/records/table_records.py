@@ -147,7 +147,7 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
 def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
     columns = [cell.strip() for cell in cells]
     named = [column for column in columns if column != ""]  # pandas writes its index without a column name
-    if len(named) < 2 and columns[0] not in CONVERSATIONS:  # whose messages may have labels of their own
+    if len(named) < 2 and columns[0].lower() not in CONVERSATIONS:  # whose messages may have labels of their own
         expected = "tabs" if delimiter == "\t" else "commas"
         raise FeedbackError(
             f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
