@@ -11,6 +11,7 @@ from offline_kto.kto_core.cache.shards import (
     Rows,
     check_table,
     open_shard,
+    read_groups,
     read_metadata,
     read_unlisted,
     write_shard,
@@ -40,9 +41,9 @@ class ScoredFile(NamedTuple):
     def sequences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the ids of its sequences as 16 bytes (V16), the row of each, and its place in that row."""
         ids, rows, slots = [], [], []
-        file, number = open_shard(self.path), 0
-        for group in range(file.num_row_groups):
-            for row in Rows(file.read_row_group(group)):
+        number = 0
+        for table in read_groups(self.path, open_shard(self.path)):
+            for row in Rows(table):
                 for slot, completion in enumerate((row["completion_ids"], *row["kl_completion_ids"])):
                     ids.append(bytes.fromhex(sequence_id(row["prompt_ids"], completion)))
                     rows.append(number)
@@ -65,8 +66,9 @@ def read_scores(path: Path, rows: np.ndarray, slots: np.ndarray) -> list[np.ndar
     ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
     of = np.searchsorted(ends, rows, side="right")
     found: dict[int, np.ndarray] = {}
-    for group in np.unique(of).tolist():
-        content = Rows(file.read_row_group(group))
+    groups: list[int] = np.unique(of).tolist()
+    for group, table in zip(groups, read_groups(path, file, groups=groups), strict=True):
+        content = Rows(table)
         start = int(ends[group]) - len(content)
         for i in np.flatnonzero(of == group).tolist():
             row, slot = content[int(rows[i]) - start], int(slots[i])

@@ -18,7 +18,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.manifest import (
     FORMAT,
@@ -32,6 +31,7 @@ from offline_kto.kto_core.cache.manifest_fields import Identity, OptionalEntries
 from offline_kto.kto_core.cache.shards import (
     CacheRow,
     open_shard,
+    read_groups,
     read_metadata,
     shard_name,
     write_table,
@@ -47,6 +47,9 @@ from offline_kto.precompute.score_files import ScoredFile, drop_parts, is_whole,
 
 # An id as hexadecimal digits.
 _HEX = np.dtype(f"S{2 * ID.itemsize}")
+
+# Row groups whose ids are read together.
+_GROUPS_AT_ONCE = 64
 
 
 class Store:
@@ -127,8 +130,11 @@ class Store:
 
     def _row_ids(self, old: Manifest) -> np.ndarray:
         """Return the ids of the rows of a cache, as texts."""
-        columns = (pq.read_table(self.out / shard["file"], columns=["row_id"]).column("row_id") for shard in old.shards)
-        return np.concatenate([np.array([one.encode() for one in ids.to_pylist()], dtype=_HEX) for ids in columns])
+        found = []
+        for path in [self.out / shard["file"] for shard in old.shards]:
+            for table in read_groups(path, open_shard(path), columns=["row_id"], at_once=_GROUPS_AT_ONCE):
+                found.append(np.array([one.encode() for one in table.column("row_id").to_pylist()], dtype=_HEX))
+        return np.concatenate(found)
 
     def _finished_cache(self, overwrite: bool) -> Manifest | None:
         """Return the existing manifest. A damaged one is removed; the shards are then checked one by one."""

@@ -216,6 +216,8 @@ def open_shard(path: Path, *, mapped: bool = False, verified: bool = False) -> p
         # For small reads, pre-buffering threads cost more than they save.
         file = pq.ParquetFile(path, pre_buffer=False, memory_map=mapped, page_checksum_verification=verified)
     except (OSError, ValueError, pa.ArrowException) as error:
+        if is_of_system(error):
+            raise unreadable(path, error) from error
         raise CacheError(
             f"{path}: not a readable Parquet file ({said_by(error)}). Run kto-precompute again."
         ) from error
@@ -243,7 +245,7 @@ def check_packing(path: Path, file: pq.ParquetFile) -> None:
         try:
             chunks = column_chunks(file, number)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+            raise unreadable(path, error) from error
         group = file.metadata.row_group(number)
         suspects = [chunks[i] for i in lists if 4 * chunks[i].num_values > _SMALL]
         if group.num_rows * group.total_byte_size > 64 * _SMALL:  # the worst case: one text, repeated in each row
@@ -264,6 +266,21 @@ def _is_short(chunk: pq.ColumnChunkMetaData) -> bool:
     return few and chunk.total_uncompressed_size <= _LONGEST_ID * (chunk.num_values + 64)
 
 
+def is_of_system(error: Exception) -> bool:
+    """Return whether the operating system could not read a file; Arrow raises `OSError` for damaged content, too."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def unreadable(path: Path, error: Exception) -> CacheError:
+    """Return the error for a shard that was opened and cannot be read."""
+    if is_of_system(error):
+        return CacheError(
+            f"{path}: cannot be read ({said_by(error)}). Check that the file is there, and the disk or mount that it is on; then "
+            "start again."
+        )
+    return CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.")
+
+
 def read_groups(
     path: Path,
     file: pq.ParquetFile,
@@ -282,7 +299,7 @@ def read_groups(
         try:
             yield file.read_row_groups(wanted[start : start + at_once], columns=columns, use_threads=False)
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-            raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+            raise unreadable(path, error) from error
 
 
 def read_unlisted(path: Path) -> pa.Table:
@@ -300,7 +317,7 @@ def read_unlisted(path: Path) -> pa.Table:
         written = (file.metadata.metadata or {}).get(b"ARROW:schema")  # missing if another program wrote the file
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(written))) if written else table.schema
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        raise CacheError(f"{path}: damaged content ({said_by(error)}). Run kto-precompute again.") from error
+        raise unreadable(path, error) from error
     in_groups = sum(file.metadata.row_group(number).num_rows for number in range(file.num_row_groups))
     if not schema.equals(table.schema) or {file.metadata.num_rows, in_groups} != {table.num_rows}:
         raise CacheError(f"{path}: damaged content (its footer contradicts itself). Run kto-precompute again.")

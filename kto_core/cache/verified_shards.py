@@ -99,7 +99,7 @@ class VerifiedShards:
     def unchanged(self, path: Path, shard: ShardFields) -> CheckedShard | None:
         """Return the result for a file that did not change since it was verified, if that is believed."""
         known = self._known(shard)
-        if not self._trusts or known is None or known.file is None or known.file != _state(path):
+        if not self._trusts or known is None or known.file is None or known.file != state_of(path.stat()):
             return None
         self._kept[shard["sha256"]] = known
         return known.checked()
@@ -120,7 +120,7 @@ class VerifiedShards:
         Args:
             before: of the file, before it was read.
         """
-        settled = before.taken_at - max(before.state[-2:]) > _SETTLED and before.state == _state(path)
+        settled = before.taken_at - max(before.state[-2:]) > _SETTLED and before.state == state_of(path.stat())
         self._kept[shard["sha256"]] = _Remembered(
             rules=self._rules,
             key=checked.key,
@@ -155,11 +155,11 @@ class FileState:
     @classmethod
     def of(cls, path: Path) -> "FileState":
         taken_at = time.time_ns()
-        return cls(_state(path), taken_at)
+        return cls(state_of(path.stat()), taken_at)
 
 
-def _state(path: Path) -> list[int]:
-    found = path.stat()
+def state_of(found: os.stat_result) -> list[int]:
+    """Return what changes in the metadata of a file whenever it is written, renamed, copied or replaced."""
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 

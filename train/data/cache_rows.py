@@ -31,6 +31,7 @@ from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.row_reader import RowReader, StoredRow
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
+from offline_kto.train.data.verified_file import VerifiedFile, allow_open_files
 from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
@@ -113,8 +114,12 @@ class CacheRows(Dataset[TrainingRow]):
             known = VerifiedShards(folder, self.manifest, share=share, trust_unchanged=trust_unchanged)
             found = verify_cache(folder, self.manifest, share=share, on_rows=progress.add, known=known)
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
-        paths = [folder / shard["file"] for shard in self.manifest.shards]
-        self._files = ShardFiles(paths, found.groups, mapped=mapped)
+        allow_open_files(len(self.manifest.shards))
+        shards = [
+            VerifiedFile(folder / shard["file"], shard["sha256"], state, mapped=mapped)
+            for shard, state in zip(self.manifest.shards, found.states, strict=True)
+        ]
+        self._files = ShardFiles(shards, found.groups)
         if read_manifest(folder) != self.manifest:  # a writer removes the manifest before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
         # Position in the files of each row here.
