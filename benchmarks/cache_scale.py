@@ -22,15 +22,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from anonymous_memory import sampled_peak
 from measured_run import run_measured
 from text_table import text_table
 from workload import SMALL, make_workload
@@ -161,26 +159,6 @@ class Start:
     peak_mib: float
 
 
-@contextmanager
-def sampled_peak(process: int) -> Iterator[list[float]]:
-    """Yield a list that holds the most MiB of anonymous memory of a process seen so far (Linux)."""
-    peak, done, status = [0.0], threading.Event(), Path(f"/proc/{process}/status")
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            for line in status.read_text(encoding="utf-8").splitlines():
-                if line.startswith("RssAnon:"):
-                    peak[0] = max(peak[0], int(line.split()[1]) / 1024)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
 def run_training(cache: Path, out: Path, *options: str) -> Start:
     """Run the real kto-train for one update."""
     command = [sys.executable, "-c", "from offline_kto.train.cli import train; train()"]
@@ -190,7 +168,7 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    times, said, to_update = {}, [], 0.0
+    times, said, to_update = {}, [], 0
     with sampled_peak(process.pid) as peak:
         for line in process.stdout:
             said.append(line)
@@ -201,7 +179,7 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
     _, status, usage = os.wait4(process.pid, 0)
     if status or "step" not in times:
         raise RuntimeError(f"kto-train failed: {command}\n{''.join(said)}")
-    return Start(times["start"], usage.ru_utime + usage.ru_stime, to_update, peak[0])
+    return Start(times["start"], usage.ru_utime + usage.ru_stime, to_update / 2**20, peak[0] / 2**20)
 
 
 def measure(work: Path, rows: int, width: int) -> list[tuple[str, float, str]]:

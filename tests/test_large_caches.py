@@ -9,7 +9,9 @@ import shutil
 import time
 import tracemalloc
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.data import cache_rows, row_reader, shard_files, verified_file
 from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, strata_of, units_of
-from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows, held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
 from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
@@ -404,6 +406,29 @@ class TestReading:
         for row in found:
             assert row.mismatched.completion_ids.tolist() == expected[row.index]["kl_completion_ids"][1]
 
+    def test_rows_that_are_read_together_keep_no_other_row_in_memory(
+        self, whole: Path, expected: list[dict[str, Any]]
+    ) -> None:
+        """Held-out rows are scored by the thousand, each from another row group: whole groups would fill the memory."""
+        rows = CacheRows(whole)
+        chosen = np.array([18, 0, 3, 12, 15, 7])  # one of each group
+
+        def held(read: Callable[[], list[TrainingRow]]) -> tuple[list[TrainingRow], int]:
+            before = pa.total_allocated_bytes()
+            found = read()
+            rows._reader._groups.clear()
+            return found, pa.total_allocated_bytes() - before
+
+        found, alone = held(lambda: rows.together(chosen))
+        groups = held(lambda: [rows[RowKey(i, 0)] for i in chosen.tolist()])[1]
+        for row, index in zip(found, chosen.tolist(), strict=True):
+            wanted = expected[index]
+            assert (row.index, row.row_id, row.label) == (index, wanted["row_id"], wanted["label"])
+            assert row.matched.completion_ids.tolist() == wanted["completion_ids"]
+            assert row.mismatched.ref_token_logps.tolist() == wanted["ref_kl_token_logps"][0]
+        assert alone < 0.6 * groups
+        assert [row.index for row in rows.together(np.array([4, 4]))] == [4, 4]
+
     def test_few_footers_stay_in_memory(
         self, whole: Path, expected: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -412,6 +437,22 @@ class TestReading:
         for i in (0, 19, 8, 1, 18):
             assert rows[i].row_id == expected[i]["row_id"]
             assert len(rows._files._footers._files) == 1
+
+
+def test_prompts_are_split_without_an_object_for_each(whole: Path) -> None:
+    """Compare the peak of a split of many prompts with that of few."""
+
+    def peak(count: int) -> int:
+        column = id_column([f"{number:032x}" for number in range(count)])
+        rows = SimpleNamespace(prompt_ids=RowIds(column), positions=np.arange(count, dtype=np.int32))
+        split_by_prompt(rows, 0.1, 0)  # type: ignore[arg-type]
+        tracemalloc.start()
+        split_by_prompt(rows, 0.1, 0)  # type: ignore[arg-type]
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert (peak(40_000) - peak(20_000)) / 20_000 < 64
 
 
 def test_a_row_takes_few_bytes_of_memory(whole: Path, tmp_path: Path) -> None:
@@ -472,7 +513,9 @@ class TestFilesThatChangeDuringARun:
             }
             path.write_bytes(contents[change])
         assert rows[0].row_id  # of another shard
-        with pytest.raises(CacheError, match=r"00001\.parquet: its content changed after it was verified.*Run the same"):
+        with pytest.raises(
+            CacheError, match=r"00001\.parquet: its content changed after it was verified.*Run the same"
+        ):
             rows[8]
         with pytest.raises(CacheError, match=r"00001\.parquet: its content changed"):
             rows.column("prompt_id")
@@ -512,7 +555,9 @@ class TestFilesThatChangeDuringARun:
         shutil.copyfile(refs / "train" / NAMES[0], refs / "train" / NAMES[1])
         assert [rows[at].row_id for at in range(7, 14)] == expected
 
-    def test_a_file_that_is_gone_before_it_is_opened_is_named(self, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_that_is_gone_before_it_is_opened_is_named(
+        self, refs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(cache_rows, "allow_open_files", lambda count: (refs / "train" / NAMES[1]).unlink())
         with pytest.raises(CacheError, match=r"00001\.parquet: cannot be read .*Check that the file is there"):
             CacheRows(refs)

@@ -100,7 +100,8 @@ class TestFormats:
         found = self.made(base, folder)
         assert found == [*(f"train-00000.jsonl:{i}" for i in (1, 2, 3)), "train-00001.jsonl:1"]
         rows = CacheRows(tmp_path / "data-refs")
-        assert rows.source_files(np.array([3, 0])) == ["train-00001.jsonl", "train-00000.jsonl"]
+        names, numbers = rows.source_files(np.array([3, 0])) or ([], np.empty(0))
+        assert [names[number] for number in numbers] == ["train-00001.jsonl", "train-00000.jsonl"]
 
     def test_both_rows_of_a_pair(self, base: Path, tmp_path: Path) -> None:
         pairs = [{"prompt": f"ask {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(3)]

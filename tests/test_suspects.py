@@ -21,7 +21,7 @@ from test_places import as_of_before
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.cache_rows import CacheRows, SourceFiles
 from offline_kto.train.data.repeated_rows import repeated_rows
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.suspects import MOST_SUSPECTS, ScoredRows, _largest
@@ -299,7 +299,7 @@ class TestGroups:
             scores = replace(scores, masses=torch.stack([labels, ~labels], 1).double(), kl_logratios=None)
         elif loss == "apo_zero":
             scores = replace(scores, kl_logratios=None)
-        files = ["a.jsonl" if i < 24 else "b.jsonl" for i in range(40)]
+        files = SourceFiles(["b.jsonl", "trained only.jsonl", "a.jsonl"], np.where(np.arange(40) < 24, 2, 0))
         found = held_out_groups(scores, None, objective, files)
         assert [one["by"] for one in found] == [*["prompt length"] * 4, *["class"] * 2, *["source file"] * 2]
         point = None if scores.kl_logratios is None else float(scores.kl_logratios.mean().clamp(min=0))
@@ -349,7 +349,9 @@ class TestGroups:
     def test_one_group_is_none(self) -> None:
         scores = replace(some_scores(), prompt_tokens=torch.full((40,), 7.0))
         ones = replace(scores, masses=torch.tensor([[1.0, 0.0]]).double().repeat(40, 1))
-        assert held_out_groups(ones, None, Objective("kto", 0.3), ["a.jsonl"] * 40) == []
+        assert (
+            held_out_groups(ones, None, Objective("kto", 0.3), SourceFiles(["a.jsonl"], np.zeros(40, np.int32))) == []
+        )
 
     def test_many_rows_have_no_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("offline_kto.train.trainer.held_out_groups._MOST_RESAMPLED", 39)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,18 @@ class RowKey:
 
     index: int
     partner: int
+
+
+class SourceFiles(NamedTuple):
+    """The source files of some rows.
+
+    Attributes:
+        names: of the files of a cache, each once.
+        numbers: which of them each row is from, int32, shape (rows,).
+    """
+
+    names: list[str]
+    numbers: np.ndarray
 
 
 class CacheRows(Dataset[TrainingRow]):
@@ -207,14 +220,13 @@ class CacheRows(Dataset[TrainingRow]):
             found.append(place_in_words(values.get(PLACE), values["source"]))
         return found
 
-    def source_files(self, rows: np.ndarray) -> list[str] | None:
-        """Return the file of each of the rows at some positions; None if there is one file, or the cache has no places."""
+    def source_files(self, rows: np.ndarray) -> "SourceFiles | None":
+        """Return the files of the rows at some positions; None if there is one file, or the cache has no places."""
         if not self.manifest.has_places or len(self.manifest.data.get("files") or []) < 2:
             return None
-        # Every row repeats its file's name, and as a dictionary ten million of them take little memory.
         files = self.column(PLACE, lambda places: files_of(places).dictionary_encode()).unify_dictionaries()
-        found: list[str] = _taken(files, self._fitting[rows]).to_pylist()
-        return found
+        numbers_of_rows = np.concatenate([numbers(chunk.indices) for chunk in files.chunks])[self._fitting[rows]]
+        return SourceFiles(files.chunk(0).dictionary.to_pylist(), numbers_of_rows)
 
     @functools.cached_property
     def pair_ids(self) -> RowIds:
@@ -314,6 +326,11 @@ class CacheRows(Dataset[TrainingRow]):
         """Return the rows of a batch, the next one of what is expected, if that is known; torch calls it."""
         found = self._reader.read(self._fitting[[key.index for key in keys]].tolist(), keys[0].partner % self.partners)
         return [self._row(key.index, stored) for key, stored in zip(keys, found, strict=True)]
+
+    def together(self, indices: np.ndarray) -> list[TrainingRow]:
+        """Return the rows at some positions with their first mismatched completion; they keep no other row in memory."""
+        found = self._reader.read_together(self._fitting[indices].tolist(), 0)
+        return [self._row(index, stored) for index, stored in zip(indices.tolist(), found, strict=True)]
 
     def expect(self, indices: np.ndarray, partner: int) -> None:
         """Prepare for reading some rows once each, in this order and with this mismatched completion."""

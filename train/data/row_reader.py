@@ -173,6 +173,19 @@ class RowReader:
                 return [self._read_alone(row, partner) for row in rows]
             return self._read_next(rows, order)
 
+    def read_together(self, rows: Sequence[int], partner: int) -> list[StoredRow]:
+        """Return rows that keep nothing else of their row groups in memory.
+
+        Raises:
+            CacheError: damaged content.
+        """
+        blocks = self._files.blocks_of(np.asarray(rows))
+        wanted = {int(block): np.unique(np.asarray(rows)[blocks == block]) for block in np.unique(blocks)}
+        with self._lock:
+            decoded = self._decoded(wanted, partner)
+        found = (decoded[block].find(row) for row, block in zip(rows, blocks.tolist(), strict=True))
+        return [stored for stored in found if stored is not None]
+
     def _read_next(self, rows: Sequence[int], order: _Order) -> list[StoredRow]:
         blocks = self._files.blocks_of(np.asarray(rows)).tolist()
         found = [
