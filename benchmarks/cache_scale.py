@@ -35,7 +35,8 @@ from workload import SMALL, make_workload
 
 from offline_kto.kto_core.cache.manifest import FORMAT, fingerprint, identity_of, read_manifest, write_manifest
 from offline_kto.kto_core.cache.places import PLACE
-from offline_kto.kto_core.cache.shards import SCHEMA, shard_name, write_table
+from offline_kto.kto_core.cache.row_schema import SCHEMA
+from offline_kto.kto_core.cache.shards import shard_name, write_table
 from offline_kto.kto_core.hashing import file_hashes, json_hash
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute

@@ -6,16 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offline_kto.kto_core.cache.shards import (
-    CacheRow,
-    Rows,
-    check_table,
-    open_shard,
-    read_groups,
-    read_metadata,
-    read_unlisted,
-    write_shard,
-)
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import open_shard, read_groups, read_metadata, read_unlisted, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import json_hash, sequence_id
 from offline_kto.precompute.out_folder import PARTS

@@ -28,14 +28,8 @@ from offline_kto.kto_core.cache.manifest import (
     write_manifest,
 )
 from offline_kto.kto_core.cache.manifest_fields import Identity, OptionalEntries, PairingFields, Sections, ShardFields
-from offline_kto.kto_core.cache.shards import (
-    CacheRow,
-    open_shard,
-    read_groups,
-    read_metadata,
-    shard_name,
-    write_table,
-)
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import open_shard, read_groups, read_metadata, shard_name, write_table
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing

@@ -27,6 +27,7 @@ from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
 from offline_kto.kto_core.cache.verified_shards import state_of
 from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.hashing import file_hash
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
@@ -178,6 +179,18 @@ class TestVerification:
             flip(refs / "train" / name, 900)
         with pytest.raises(CacheError, match=r"00001\.parquet"):
             CacheRows(refs)
+
+    @pytest.mark.parametrize("name", ["shards", "row_rules", "row_schema", "arrow_lists"])
+    def test_contents_are_checked_again_by_other_code(
+        self, name: str, refs: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        CacheRows(refs)
+        watched.decoded.clear()
+        monkeypatch.setattr(
+            verified_shards, "file_hash", lambda path: f"other {path.stem}" if path.stem == name else file_hash(path)
+        )
+        CacheRows(refs)
+        assert sorted(set(watched.decoded)) == NAMES
 
     def test_rules_of_another_manifest_are_checked(self, refs: Path, watched: Watched) -> None:
         """The content is known, but it was compared with a larger vocabulary."""

@@ -17,7 +17,8 @@ from test_shards import make_row
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest, write_manifest
 from offline_kto.kto_core.cache.places import LONGEST_PLACE, files_of, place_of
-from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, write_shard
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.shards import open_shard, read_metadata, write_shard
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash

@@ -13,17 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
-from offline_kto.kto_core.cache.shards import (
-    check_packing,
-    check_table,
-    has_places,
-    numbers,
-    open_shard,
-    optional_columns,
-    read_groups,
-    read_metadata,
-)
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import has_places, optional_columns
+from offline_kto.kto_core.cache.shards import check_packing, open_shard, read_groups, read_metadata
 from offline_kto.kto_core.cache.verified_shards import CheckedShard, FileState, VerifiedShards
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from offline_kto.kto_core.cache import shards
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.cache.manifest_fields import ShardFields
 from offline_kto.kto_core.cache.own_files import own_files
@@ -33,6 +32,9 @@ _SETTLED = 2_000_000_000
 
 # Larger files are not read; ten million rows take 3 MB.
 _LARGEST = 256 * 2**20
+
+# What decides whether the rows of a shard keep the rules.
+_CODE_OF_CHECKS = ("shards.py", "row_rules.py", "row_schema.py", "arrow_lists.py")
 
 # What was not written for so long is removed: the cache may be gone. Seconds.
 _LONGEST_KEPT = 90 * 86_400
@@ -175,7 +177,7 @@ def _rules_of(manifest: Manifest) -> str:
     """Return a hash of the code that checks a shard's rows, and of what it compares them with."""
     return json_hash(
         [
-            file_hash(Path(shards.__file__)),
+            [file_hash(Path(__file__).with_name(name)) for name in _CODE_OF_CHECKS],
             manifest.identity,
             manifest.vocabulary,
             manifest.partners,

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.places import PLACE, files_of, place_in_words
 from offline_kto.kto_core.cache.repeats import Repeats
-from offline_kto.kto_core.cache.shards import numbers
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.cache.verified_shards import VerifiedShards
 from offline_kto.kto_core.equal_ids import index_type

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from offline_kto.kto_core.cache.shards import numbers
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
 
