@@ -20,7 +20,7 @@ from offline_kto.kto_core.cache.repeats import Repeats
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.cache.verified_shards import VerifiedShards
 from offline_kto.kto_core.equal_ids import index_type
-from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.errors import CacheError, TrainingError
 from offline_kto.kto_core.hashing import ID
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
@@ -105,7 +105,8 @@ class CacheRows(Dataset[TrainingRow]):
         seconds: duration of the check.
 
     Raises:
-        CacheError: damaged, or `max_length` above the cached one.
+        CacheError: damaged.
+        TrainingError: `max_length` is above the cached one, or leaves no row.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class CacheRows(Dataset[TrainingRow]):
         self.manifest: Manifest = read_manifest(folder)
         cached = int(self.manifest.tokenization["max_length"])
         if max_length is not None and max_length > cached:
-            raise CacheError(
+            raise TrainingError(
                 f"--max-length {max_length}: the rows of the cache {folder} were cut at {cached} tokens, and scores of the rest do not "
                 f"exist. Use --max-length {cached} or less, or score again with kto-precompute --max-length {max_length}."
             )
@@ -155,7 +156,7 @@ class CacheRows(Dataset[TrainingRow]):
         self._as_scored = not self.dropped
         return_freed_memory()
         if not len(self):
-            raise CacheError(
+            raise TrainingError(
                 f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
             )
 

@@ -91,8 +91,8 @@ class VerifiedFile:
             raise unreadable(self._path, error) from error
         if not same:
             raise CacheError(
-                f"{self._path}: its content changed after it was verified (sha256 differs). Nothing was computed from what is there "
-                f"now. {AGAIN} Then start again; kto-train --resume continues from the last checkpoint."
+                f"{self._path}: its content changed after it was verified (sha256 differs); nothing was computed from the new one. "
+                f"{AGAIN} Then continue, kto-train with --resume, kto-sweep with the same command."
             )
         self._state = state
 
