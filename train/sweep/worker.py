@@ -37,7 +37,8 @@ from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.plan import print_data
-from offline_kto.train.run.training_run import TrainingRun, versions
+from offline_kto.train.run.planned_run import versions
+from offline_kto.train.run.training_run import TrainingRun
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import EvaluationRecord, TrainedWith
 from offline_kto.train.samples_file import SAMPLES
