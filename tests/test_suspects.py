@@ -17,6 +17,7 @@ from judged_caches import judged, rewritten
 from stopped_runs import train_until
 from test_evaluation import some_scores
 from test_places import as_of_before
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -352,6 +353,23 @@ class TestGroups:
         assert (
             held_out_groups(ones, None, Objective("kto", 0.3), SourceFiles(["a.jsonl"], np.zeros(40, np.int32))) == []
         )
+
+    def test_many_groups_of_many_rows_are_computed_one_after_another(self) -> None:
+        """A hundred thousand held-out rows of twenty files took a hundred megabytes."""
+        rows, largest = 20_000, 0
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                nonlocal largest
+                found = func(*args, **(kwargs or {}))
+                largest = max(largest, found.nbytes if isinstance(found, torch.Tensor) else 0)
+                return found
+
+        files = SourceFiles([f"{number}.jsonl" for number in range(15)], np.arange(rows) % 15)
+        with Sizes():
+            found = held_out_groups(some_scores(rows), some_scores(rows), Objective("kto", 0.3), files)
+        assert len(found) == 2 + 15
+        assert largest == 2 * 8 * rows  # two masses of each row
 
     def test_many_rows_have_no_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("offline_kto.train.trainer.held_out_groups._MOST_RESAMPLED", 39)

@@ -98,10 +98,13 @@ def _inside(scores: Scores, inside: np.ndarray) -> Tensor:
 
 
 def _with_loss(scores: Scores, objective: Objective, groups: Sequence[_Group]) -> dict[str, Tensor]:
-    """Return accuracy, margin and loss of each group, shape (1, groups) each."""
-    total = torch.stack([one.masses.sum() for one in groups])
-    losses = _losses(scores, objective, groups) / total
-    return {**_values(scores, objective, groups, _once(scores)), "loss": losses[None]}
+    """Return accuracy, margin and loss of each group, shape (1, groups) each; one after another, for the memory."""
+    found: dict[str, list[Tensor]] = {}
+    for one in groups:
+        loss = _losses(scores, objective, [one]) / one.masses.sum()
+        for name, value in {**_values(scores, objective, [one], _once(scores)), "loss": loss[None]}.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.cat(values, 1) for name, values in found.items()}
 
 
 def _values(scores: Scores, objective: Objective, groups: Sequence[_Group], weights: Tensor) -> dict[str, Tensor]:
