@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from offline_kto.kto_core.cache import shards, verification, verified_shards
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -40,7 +43,9 @@ from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.shard_files import ShardFiles
 from offline_kto.train.data.verified_file import VerifiedFile
 from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.accumulators import RowLogratios
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 ROWS = 20
 
@@ -609,3 +614,31 @@ class TestFilesThatChangeDuringARun:
         flip(path, column.data_page_offset + column.total_compressed_size // 2)
         with pytest.raises(CacheError, match=r"00001\.parquet: damaged content .*(?i:crc|checksum)"):
             rows[7]
+
+    @pytest.mark.slow
+    def test_a_run_whose_shard_changes_is_resumed_once_it_is_restored(
+        self, refs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It ends at the first read of the shard, here the evaluation after update 4, and becomes the run of a quiet disk."""
+        options = {"batch_size": 4, "max_steps": 6, "learning_rate": 3e-3, "eval_fraction": 0.4, "eval_steps": 2}
+        config = TrainConfig(cache=refs, out=tmp_path / "run", device="cpu", save_steps=2, **options)  # type: ignore[arg-type]
+        train(replace(config, out=tmp_path / "quiet"))
+        path = refs / "train" / NAMES[1]
+        content = path.read_bytes()
+        step = KTOTrainer.training_step
+
+        def stepping(trainer: KTOTrainer, *arguments: Any, **more: Any) -> Any:
+            if trainer.state.global_step == 3:
+                path.write_bytes((refs / "train" / NAMES[0]).read_bytes())
+            return step(trainer, *arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(KTOTrainer, "training_step", stepping)
+            with pytest.raises(CacheError, match=r"00001\.parquet: its content changed .*--resume"):
+                train(config)
+        with pytest.raises(CacheError, match=r"00001\.parquet"):
+            train(replace(config, resume=True))
+        path.write_bytes(content)
+        train(replace(config, resume=True))
+        found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "quiet"))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
