@@ -3,6 +3,7 @@
     python benchmarks/cache_scale.py
     python benchmarks/cache_scale.py --rows 20000      # a small one, as a quick test
     python benchmarks/cache_scale.py --tokens 300      # longer rows; a million take 3 GB
+    python benchmarks/cache_scale.py --held-out 4000   # also a run with so many held-out rows
     python benchmarks/cache_scale.py --check           # exit 1 if the last cache misses a promise
 
 Synthetic rows of 60 tokens (30 of prompt, 30 of completion, one mismatched completion of 30) with random ids and
@@ -22,22 +23,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from anonymous_memory import sampled_peak
 from measured_run import run_measured
 from text_table import text_table
 from workload import SMALL, make_workload
 
 from offline_kto.kto_core.cache.manifest import FORMAT, fingerprint, identity_of, read_manifest, write_manifest
 from offline_kto.kto_core.cache.places import PLACE
-from offline_kto.kto_core.cache.shards import SCHEMA, shard_name, write_table
+from offline_kto.kto_core.cache.row_schema import SCHEMA
+from offline_kto.kto_core.cache.shards import shard_name, write_table
 from offline_kto.kto_core.hashing import file_hashes, json_hash
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -46,6 +46,7 @@ ROWS_PER_SHARD, BATCH = 4096, 32
 SCHEMA_WITH_PLACES = pa.schema([*SCHEMA, pa.field(PLACE, pa.string(), nullable=False)])
 MOST_SECONDS, MOST_MIB, LEAST_ROWS = 12.0, 150.0, 1500.0  # two cores read 3,000 rows a second
 FIRST_BATCH, BEYOND = "kto-train to its first batch, {}", "kto-train, memory beyond that with 64 rows, {}"
+HELD_OUT = "kto-train with {} held-out rows, memory beyond that with 64 rows and some held out, {}"
 READS = "random reads of one core"
 
 
@@ -161,26 +162,6 @@ class Start:
     peak_mib: float
 
 
-@contextmanager
-def sampled_peak(process: int) -> Iterator[list[float]]:
-    """Yield a list that holds the most MiB of anonymous memory of a process seen so far (Linux)."""
-    peak, done, status = [0.0], threading.Event(), Path(f"/proc/{process}/status")
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            for line in status.read_text(encoding="utf-8").splitlines():
-                if line.startswith("RssAnon:"):
-                    peak[0] = max(peak[0], int(line.split()[1]) / 1024)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
 def run_training(cache: Path, out: Path, *options: str) -> Start:
     """Run the real kto-train for one update."""
     command = [sys.executable, "-c", "from offline_kto.train.cli import train; train()"]
@@ -190,7 +171,7 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    times, said, to_update = {}, [], 0.0
+    times, said, to_update = {}, [], 0
     with sampled_peak(process.pid) as peak:
         for line in process.stdout:
             said.append(line)
@@ -201,10 +182,20 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
     _, status, usage = os.wait4(process.pid, 0)
     if status or "step" not in times:
         raise RuntimeError(f"kto-train failed: {command}\n{''.join(said)}")
-    return Start(times["start"], usage.ru_utime + usage.ru_stime, to_update, peak[0])
+    return Start(times["start"], usage.ru_utime + usage.ru_stime, to_update / 2**20, peak[0] / 2**20)
 
 
-def measure(work: Path, rows: int, width: int) -> list[tuple[str, float, str]]:
+def measure_held_out(work: Path, cache: Path, rows: int, held_out: int) -> list[tuple[str, float, str]]:
+    """Return the memory of a run with held-out rows, beyond that of a small one whose held-out rows fill a pass, too."""
+    some = run_training(work / "small", work / f"{rows}-small-held", "--eval-fraction", "0.8")
+    many = run_training(cache, work / f"{rows}-held", "--eval-fraction", str(held_out / rows))
+    return [
+        (HELD_OUT.format(f"{held_out:,}", "to its first update"), many.update_mib - some.update_mib, "MiB"),
+        (HELD_OUT.format(f"{held_out:,}", "to its end"), many.peak_mib - some.peak_mib, "MiB"),
+    ]
+
+
+def measure(work: Path, rows: int, width: int, held_out: int) -> list[tuple[str, float, str]]:
     """Return name, value and unit of every measurement of one cache."""
     small, large = work / "small", work / f"rows{rows}"
     print(f"writing {rows:,} rows", flush=True)
@@ -215,6 +206,7 @@ def measure(work: Path, rows: int, width: int) -> list[tuple[str, float, str]]:
     first = run_training(large, work / f"{rows}-first")
     again = run_training(large, work / f"{rows}-again")
     changed = run_training(large, work / f"{rows}-changed", "--verify", "changed")
+    of_held_out = measure_held_out(work, large, rows, held_out) if held_out else []
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
     reader = run_reader(large, batches=1500)
     verify = [sys.executable, "-c", "from offline_kto.precompute.cli import cache; cache()", "verify", str(large)]
@@ -238,6 +230,7 @@ def measure(work: Path, rows: int, width: int) -> list[tuple[str, float, str]]:
         (BEYOND.format("again"), again.update_mib - base.update_mib, "MiB"),
         (BEYOND.format("first time, to the end"), first.peak_mib - base.peak_mib, "MiB"),
         (BEYOND.format("again, to the end"), again.peak_mib - base.peak_mib, "MiB"),
+        *of_held_out,
         ("random reads", reader["rate"], "rows/s"),
         (READS, reader["cpu_rate"], "rows/CPU s"),
     ]
@@ -248,6 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--tokens", type=int, default=60, help="of prompt and completion together")
+    parser.add_argument("--held-out", type=int, default=0, help="rows to hold out in a further run of each cache")
     parser.add_argument("--check", action="store_true", help="exit 1 if the last cache misses a promise")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=int, default=1500, help=argparse.SUPPRESS)
@@ -261,7 +255,7 @@ def main() -> int:
         made = make_workload(work / "workload", data=None, num_rows=64, shape=SMALL, seed=0)
         precompute(PrecomputeConfig(model=str(made.model), data=str(made.data), out=work / "small"))
         for rows in args.rows:
-            found = measure(work, rows, args.tokens // 2)
+            found = measure(work, rows, args.tokens // 2, args.held_out)
             title = f"{rows:,} rows of {args.tokens} tokens"
             print(text_table([title, "", ""], [[n, f"{v:,.2f}", u] for n, v, u in found]), flush=True)
     values = {name: value for name, value, _ in found}

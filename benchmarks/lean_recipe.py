@@ -163,7 +163,7 @@ def multi_turn_rows(count: int = 600) -> list[dict[str, object]]:
 def run(recipe: str, refs: Path, out: Path, seed: int, updates: int, batch_size: int) -> Result:
     """Train once, and return the held-out values."""
     from offline_kto.train.config import TrainConfig
-    from offline_kto.train.run import training_run
+    from offline_kto.train.run import run_trainer
     from offline_kto.train.run.train_run import train
 
     config = TrainConfig(
@@ -183,8 +183,8 @@ def run(recipe: str, refs: Path, out: Path, seed: int, updates: int, batch_size:
         logging_steps=100,
         max_tokens=4096,
     )
-    own = training_run.own_optimizer if recipe != "plain" else _torch_adamw
-    with mock.patch.object(training_run, "own_optimizer", own):
+    own = run_trainer.own_optimizer if recipe != "plain" else _torch_adamw
+    with mock.patch.object(run_trainer, "own_optimizer", own):
         train(config)
     found = json.loads((out / "evaluation.json").read_text())["metrics"]
     return Result(found["loss"]["value"], found["rewards/margins"]["value"])

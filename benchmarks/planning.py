@@ -20,26 +20,22 @@ import itertools
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from anonymous_memory import anonymous_bytes, sampled_peak
 from environments import load_average, offline_env
 from text_table import text_table
 from workload import SMALL, Row, endless_rows, make_workload
 
 # What the project promises on two cores.
 LEAST_ROWS_A_SECOND = 4000
-
-_STATUS = Path("/proc/self/status")
 
 
 class Planned(NamedTuple):
@@ -67,34 +63,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     return path
 
 
-def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process; where it is not known, its peak of resident memory so far."""
-    if _STATUS.exists():
-        line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def sampled_peak(*, every: float = 0.02) -> Iterator[list[int]]:
-    """Yield a list that holds the most bytes of anonymous memory seen by a thread, beyond those of the start."""
-    start = anonymous_bytes()
-    peak, done = [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(every):
-            peak[0] = max(peak[0], anonymous_bytes() - start)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-        peak[0] = max(peak[0], anonymous_bytes() - start)
-
-
 def cpu_seconds() -> float:
     """Return the CPU seconds of this process and of the children it waited for."""
     times = os.times()
@@ -118,13 +86,13 @@ def plan(model: str, data: str, readers: str) -> None:
 
     seconds_of_pairing = timed(planning, "pair_shuffled")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    cpu, start = cpu_seconds(), time.perf_counter()
-    with sampled_peak() as peak:
+    memory, cpu, start = anonymous_bytes(), cpu_seconds(), time.perf_counter()
+    with sampled_peak(every=0.02) as peak:
         config = PrecomputeConfig(model=model, data=data, read_workers=max(1, int(readers)))
         made = planning.make_plan(config, tokenizer, folder=Path(model))
         seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
         read = made.counts().read
-    print(json.dumps(Planned(read, seconds, cpu, sum(seconds_of_pairing), peak[0])))
+    print(json.dumps(Planned(read, seconds, cpu, sum(seconds_of_pairing), peak[0] - memory)))
 
 
 def timed(module: Any, name: str) -> list[float]:

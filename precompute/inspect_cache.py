@@ -8,7 +8,10 @@ from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import Manifest, check_places, read_manifest
 from offline_kto.kto_core.cache.remote_cache import local_copy, speaking_of
-from offline_kto.kto_core.cache.shards import CacheRow, Rows, check_packing, check_table, open_shard, read_groups
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import check_packing, open_shard, read_groups
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import ConfigError, printable
 from offline_kto.kto_core.feedback.quoting import counted

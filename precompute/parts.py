@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from offline_kto.kto_core.cache.shards import CacheRow
+from offline_kto.kto_core.cache.row_schema import CacheRow
 from offline_kto.kto_core.hashing import ids_id, sequence_id
 from offline_kto.kto_core.scoring.sequences import TokenIds
 

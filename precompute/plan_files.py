@@ -18,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.shards import METADATA_KEY, WRITE_AGAIN, CacheRow, Rows, read_metadata, read_unlisted
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import METADATA_KEY, WRITE_AGAIN, read_metadata, read_unlisted
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.durable_files import replacing, write_json
 from offline_kto.kto_core.errors import CacheError, said_by
 from offline_kto.kto_core.hashing import sequence_id

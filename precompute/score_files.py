@@ -7,15 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from offline_kto.kto_core.cache.shards import (
-    CacheRow,
-    Rows,
-    check_table,
-    open_shard,
-    read_metadata,
-    read_unlisted,
-    write_shard,
-)
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import open_shard, read_groups, read_metadata, read_unlisted, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import json_hash, sequence_id
 from offline_kto.precompute.out_folder import PARTS
@@ -41,9 +36,9 @@ class ScoredFile(NamedTuple):
     def sequences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the ids of its sequences as 16 bytes (V16), the row of each, and its place in that row."""
         ids, rows, slots = [], [], []
-        file, number = open_shard(self.path), 0
-        for group in range(file.num_row_groups):
-            for row in Rows(file.read_row_group(group)):
+        number = 0
+        for table in read_groups(self.path, open_shard(self.path)):
+            for row in Rows(table):
                 for slot, completion in enumerate((row["completion_ids"], *row["kl_completion_ids"])):
                     ids.append(bytes.fromhex(sequence_id(row["prompt_ids"], completion)))
                     rows.append(number)
@@ -66,8 +61,9 @@ def read_scores(path: Path, rows: np.ndarray, slots: np.ndarray) -> list[np.ndar
     ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
     of = np.searchsorted(ends, rows, side="right")
     found: dict[int, np.ndarray] = {}
-    for group in np.unique(of).tolist():
-        content = Rows(file.read_row_group(group))
+    groups: list[int] = np.unique(of).tolist()
+    for group, table in zip(groups, read_groups(path, file, groups=groups), strict=True):
+        content = Rows(table)
         start = int(ends[group]) - len(content)
         for i in np.flatnonzero(of == group).tolist():
             row, slot = content[int(rows[i]) - start], int(slots[i])

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from offline_kto.kto_core.cache.places import PLACE
-from offline_kto.kto_core.cache.shards import SCHEMA, schema_with
+from offline_kto.kto_core.cache.row_schema import SCHEMA, schema_with
 from offline_kto.kto_core.hashing import hex_ids, json_hash
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
 from offline_kto.precompute.plan import Plan

@@ -18,7 +18,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.manifest import (
     FORMAT,
@@ -29,13 +28,8 @@ from offline_kto.kto_core.cache.manifest import (
     write_manifest,
 )
 from offline_kto.kto_core.cache.manifest_fields import Identity, OptionalEntries, PairingFields, Sections, ShardFields
-from offline_kto.kto_core.cache.shards import (
-    CacheRow,
-    open_shard,
-    read_metadata,
-    shard_name,
-    write_table,
-)
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import open_shard, read_groups, read_metadata, shard_name, write_table
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import flush, remove_temporary, replacing
@@ -48,6 +42,9 @@ from offline_kto.precompute.shard_tables import other_columns
 
 # An id as hexadecimal digits.
 _HEX = np.dtype(f"S{2 * ID.itemsize}")
+
+# Row groups whose ids are read together.
+_GROUPS_AT_ONCE = 64
 
 
 class Store:
@@ -128,8 +125,11 @@ class Store:
 
     def _row_ids(self, old: Manifest) -> np.ndarray:
         """Return the ids of the rows of a cache, as texts."""
-        columns = (pq.read_table(self.out / shard["file"], columns=["row_id"]).column("row_id") for shard in old.shards)
-        return np.concatenate([np.array([one.encode() for one in ids.to_pylist()], dtype=_HEX) for ids in columns])
+        found = []
+        for path in [self.out / shard["file"] for shard in old.shards]:
+            for table in read_groups(path, open_shard(path), columns=["row_id"], at_once=_GROUPS_AT_ONCE):
+                found.append(np.array([one.encode() for one in table.column("row_id").to_pylist()], dtype=_HEX))
+        return np.concatenate(found)
 
     def _finished_cache(self, overwrite: bool) -> Manifest | None:
         """Return the existing manifest. A damaged one is removed; the shards are then checked one by one."""

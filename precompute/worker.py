@@ -19,7 +19,8 @@ import torch
 
 from offline_kto.kto_core.cache.manifest import identity_of
 from offline_kto.kto_core.cache.manifest_fields import ScoreDifference
-from offline_kto.kto_core.cache.shards import WRITE_AGAIN, CacheRow, write_table
+from offline_kto.kto_core.cache.row_schema import CacheRow
+from offline_kto.kto_core.cache.shards import WRITE_AGAIN, write_table
 from offline_kto.kto_core.errors import CacheError, KTOError, ModelError
 from offline_kto.kto_core.hashing import file_hash
 from offline_kto.kto_core.scoring.sequences import TokenIds

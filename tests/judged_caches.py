@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 
 from offline_kto.kto_core.cache.manifest import read_manifest, write_manifest
 from offline_kto.kto_core.cache.manifest_fields import OptionalEntries, Sections
-from offline_kto.kto_core.cache.shards import Rows, shard_name, write_shard
+from offline_kto.kto_core.cache.shards import shard_name, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from offline_kto.kto_core.cache.shards import CacheRow
+from offline_kto.kto_core.cache.row_schema import CacheRow
 from offline_kto.kto_core.hashing import json_hash, sequence_id
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns
 from offline_kto.precompute.plan import Plan

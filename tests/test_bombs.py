@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from offline_kto.kto_core.cache.manifest import checksum, read_manifest
-from offline_kto.kto_core.cache.shards import SCHEMA, check_packing, open_shard
+from offline_kto.kto_core.cache.row_schema import SCHEMA
+from offline_kto.kto_core.cache.shards import check_packing, open_shard
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash

@@ -28,7 +28,7 @@ from docs_tables import (
     with_tables,
 )
 
-from offline_kto.kto_core.cache.shards import SCHEMA
+from offline_kto.kto_core.cache.row_schema import SCHEMA
 from offline_kto.kto_core.feedback import paths
 from offline_kto.kto_core.feedback.labels import LABEL_WORDS
 from offline_kto.kto_core.options import as_plain, flag, resolve

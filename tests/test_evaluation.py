@@ -19,7 +19,7 @@ from test_loss_family import metrics, pair_rows
 
 import offline_kto.kto_core.durable_files
 from offline_kto.kto_core.errors import ConfigError, TrainingError
-from offline_kto.kto_core.losses.bootstrap import intervals
+from offline_kto.kto_core.losses.bootstrap import intervals, replicates
 from offline_kto.kto_core.losses.preference_losses import class_weights, kto_losses
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -72,6 +72,18 @@ class TestIntervals:
         whole = intervals(means(values), [str(i) for i in range(30)])
         monkeypatch.setattr("offline_kto.kto_core.losses.bootstrap._ELEMENTS", 64)
         assert intervals(means(values), [str(i) for i in range(30)])["mean"] == pytest.approx(whole["mean"], abs=0.5)
+
+    def test_few_weights_are_in_memory_at_a_time(self) -> None:
+        """A hundred thousand held-out rows would take 800 MB for a thousand samples."""
+        values, most = torch.arange(5000, dtype=torch.float64), 0
+
+        def statistic(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+            nonlocal most
+            most = max(most, weights.nbytes)
+            return means(values)(weights)
+
+        assert len(replicates(statistic, np.arange(5000))["mean"]) == 1000
+        assert most <= 4 * 2**20
 
 
 def one_bit(labels: torch.Tensor) -> torch.Tensor:

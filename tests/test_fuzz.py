@@ -38,7 +38,8 @@ from test_shards import ROWS
 
 from offline_kto.kto_core.cache import verified_shards
 from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
-from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, shard_name
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.shards import open_shard, read_metadata, shard_name
 from offline_kto.kto_core.errors import CacheError, ConfigError, FeedbackError, KTOError, ModelError, TokenizationError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
 from offline_kto.kto_core.feedback.labels import LabelRule

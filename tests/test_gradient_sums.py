@@ -246,9 +246,9 @@ def test_few_tokens_on_many_gpus_are_warned_of(config: TrainConfig) -> None:
 FULL = """
 import os, torch
 from offline_kto.train.trainer.gradient_passes import GradientPasses
-from offline_kto.train.run import training_run
+from offline_kto.train.run import run_trainer
 from offline_kto.train.trainer.gradient_sums import GradientSums
-training_run.BUCKET_BYTES = 1000
+run_trainer.BUCKET_BYTES = 1000
 real, times = GradientPasses.backward, []
 def backward(self, loss, *, last):
     if last and os.environ["RANK"] == "1":

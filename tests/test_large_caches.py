@@ -1,5 +1,6 @@
 """What makes large caches cheap changes nothing: remembered verification, ids as numbers, rows that are read ahead."""
 
+import errno
 import gc
 import hashlib
 import json
@@ -8,33 +9,43 @@ import shutil
 import time
 import tracemalloc
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from offline_kto.kto_core.cache import shards, verification, verified_shards
 from offline_kto.kto_core.cache.manifest import read_manifest
 from offline_kto.kto_core.cache.repeats import Repeats, count_repeats
+from offline_kto.kto_core.cache.verified_shards import state_of
 from offline_kto.kto_core.equal_ids import EqualIds
 from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.hashing import file_hash
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data import row_reader, shard_files
+from offline_kto.train.data import cache_rows, row_reader, shard_files, verified_file
 from offline_kto.train.data.batches import BatchLoader, EpochBatches, split_by_prompt, strata_of, units_of
-from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows, held_out_prompts
 from offline_kto.train.data.repeated_rows import contradictions, repeated_rows
 from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.shard_files import ShardFiles
+from offline_kto.train.data.verified_file import VerifiedFile
 from offline_kto.train.run.inputs import KeptMaterials
+from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.accumulators import RowLogratios
+from offline_kto.train.trainer.kto_trainer import KTOTrainer
 
 ROWS = 20
 
@@ -155,9 +166,9 @@ class TestVerification:
     ) -> None:
         """Expect what the documentation says of a disk that returns other bytes by itself."""
         CacheRows(refs)
-        states = {path: verified_shards._state(path) for path in (refs / "train").iterdir()}
+        states = {found.st_ino: state_of(found) for found in (path.stat() for path in (refs / "train").iterdir())}
         flip(refs / "train" / NAMES[1], 900)
-        monkeypatch.setattr(verified_shards, "_state", states.__getitem__)
+        monkeypatch.setattr(verified_shards, "state_of", lambda found: states[found.st_ino])
         assert len(CacheRows(refs, trust_unchanged=True)) == ROWS
         with pytest.raises(CacheError, match="sha256 differs"):
             CacheRows(refs)
@@ -173,6 +184,18 @@ class TestVerification:
             flip(refs / "train" / name, 900)
         with pytest.raises(CacheError, match=r"00001\.parquet"):
             CacheRows(refs)
+
+    @pytest.mark.parametrize("name", ["shards", "row_rules", "row_schema", "arrow_lists"])
+    def test_contents_are_checked_again_by_other_code(
+        self, name: str, refs: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        CacheRows(refs)
+        watched.decoded.clear()
+        monkeypatch.setattr(
+            verified_shards, "file_hash", lambda path: f"other {path.stem}" if path.stem == name else file_hash(path)
+        )
+        CacheRows(refs)
+        assert sorted(set(watched.decoded)) == NAMES
 
     def test_rules_of_another_manifest_are_checked(self, refs: Path, watched: Watched) -> None:
         """The content is known, but it was compared with a larger vocabulary."""
@@ -401,6 +424,29 @@ class TestReading:
         for row in found:
             assert row.mismatched.completion_ids.tolist() == expected[row.index]["kl_completion_ids"][1]
 
+    def test_rows_that_are_read_together_keep_no_other_row_in_memory(
+        self, whole: Path, expected: list[dict[str, Any]]
+    ) -> None:
+        """Held-out rows are scored by the thousand, each from another row group: whole groups would fill the memory."""
+        rows = CacheRows(whole)
+        chosen = np.array([18, 0, 3, 12, 15, 7])  # one of each group
+
+        def held(read: Callable[[], list[TrainingRow]]) -> tuple[list[TrainingRow], int]:
+            before = pa.total_allocated_bytes()
+            found = read()
+            rows._reader._groups.clear()
+            return found, pa.total_allocated_bytes() - before
+
+        found, alone = held(lambda: rows.together(chosen))
+        groups = held(lambda: [rows[RowKey(i, 0)] for i in chosen.tolist()])[1]
+        for row, index in zip(found, chosen.tolist(), strict=True):
+            wanted = expected[index]
+            assert (row.index, row.row_id, row.label) == (index, wanted["row_id"], wanted["label"])
+            assert row.matched.completion_ids.tolist() == wanted["completion_ids"]
+            assert row.mismatched.ref_token_logps.tolist() == wanted["ref_kl_token_logps"][0]
+        assert alone < 0.6 * groups
+        assert [row.index for row in rows.together(np.array([4, 4]))] == [4, 4]
+
     def test_few_footers_stay_in_memory(
         self, whole: Path, expected: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -409,6 +455,22 @@ class TestReading:
         for i in (0, 19, 8, 1, 18):
             assert rows[i].row_id == expected[i]["row_id"]
             assert len(rows._files._footers._files) == 1
+
+
+def test_prompts_are_split_without_an_object_for_each(whole: Path) -> None:
+    """Compare the peak of a split of many prompts with that of few."""
+
+    def peak(count: int) -> int:
+        column = id_column([f"{number:032x}" for number in range(count)])
+        rows = SimpleNamespace(prompt_ids=RowIds(column), positions=np.arange(count, dtype=np.int32))
+        split_by_prompt(rows, 0.1, 0)  # type: ignore[arg-type]
+        tracemalloc.start()
+        split_by_prompt(rows, 0.1, 0)  # type: ignore[arg-type]
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert (peak(40_000) - peak(20_000)) / 20_000 < 64
 
 
 def test_a_row_takes_few_bytes_of_memory(whole: Path, tmp_path: Path) -> None:
@@ -438,3 +500,145 @@ def test_a_row_takes_few_bytes_of_memory(whole: Path, tmp_path: Path) -> None:
 
     few, many = opened(100), opened(1000)
     assert (many - few) / (900 * ROWS) < 24
+
+
+class TestFilesThatChangeDuringARun:
+    @pytest.fixture(params=[False, True], ids=["read", "mapped"])
+    def rows(self, refs: Path, request: pytest.FixtureRequest) -> CacheRows:
+        return CacheRows(refs, mapped=request.param)
+
+    def test_a_touched_file_is_hashed_once_and_read_on(self, refs: Path, rows: CacheRows) -> None:
+        expected = rows[8].row_id
+        os.utime(refs / "train" / NAMES[1])
+        hashed: list[VerifiedFile] = []
+        with pytest.MonkeyPatch.context() as patch:
+            of_file = VerifiedFile._hash
+            patch.setattr(VerifiedFile, "_hash", lambda self: hashed.append(self) or of_file(self))
+            assert [rows[at].row_id for at in (8, 12, 8)] == [expected, rows[12].row_id, expected]
+        assert len(hashed) == 1
+
+    @pytest.mark.parametrize("change", ["byte", "truncated", "another shard", "footer"])
+    def test_a_file_that_is_written_in_place_ends_the_run(self, refs: Path, rows: CacheRows, change: str) -> None:
+        path = refs / "train" / NAMES[1]
+        content = path.read_bytes()
+        if change == "byte":
+            flip(path, 900)
+        else:
+            contents = {
+                "truncated": content[: len(content) // 2],
+                "another shard": (refs / "train" / NAMES[0]).read_bytes(),
+                "footer": content[:-20] + bytes(20),
+            }
+            path.write_bytes(contents[change])
+        assert rows[0].row_id  # of another shard
+        with pytest.raises(
+            CacheError, match=r"00001\.parquet: its content changed after it was verified.*Run the same"
+        ):
+            rows[8]
+        with pytest.raises(CacheError, match=r"00001\.parquet: its content changed"):
+            rows.column("prompt_id")
+        path.write_bytes(content)
+        assert rows[8].row_id
+
+    def test_a_change_while_row_groups_are_read(
+        self, refs: Path, rows: CacheRows, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def changed(path: Path, *args: Any, **options: Any) -> Any:
+            flip(path, 900)
+            yield from shards.read_groups(path, *args, **options)
+
+        assert rows[7].row_id  # its footer is in memory
+        monkeypatch.setattr(verified_file, "read_groups", changed)
+        with pytest.raises(CacheError, match=r"00001\.parquet: its content changed"):
+            rows[13]
+
+    def test_a_change_between_verification_and_opening(self, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        opening = cache_rows.VerifiedFile
+
+        def replaced(path: Path, *args: Any, **options: Any) -> VerifiedFile:
+            if path.name == NAMES[1]:
+                shutil.copyfile(refs / "train" / NAMES[0], path.with_suffix(".new"))
+                path.with_suffix(".new").replace(path)
+            return opening(path, *args, **options)
+
+        monkeypatch.setattr(cache_rows, "VerifiedFile", replaced)
+        rows = CacheRows(refs)
+        with pytest.raises(CacheError, match=r"00001\.parquet: its content changed after it was verified"):
+            rows[8]
+
+    def test_a_file_that_was_removed_or_replaced_is_read_on(self, refs: Path, rows: CacheRows) -> None:
+        expected = [rows[at].row_id for at in range(7, 14)]
+        (refs / "train" / NAMES[1]).unlink()
+        assert [rows[at].row_id for at in range(7, 14)] == expected
+        shutil.copyfile(refs / "train" / NAMES[0], refs / "train" / NAMES[1])
+        assert [rows[at].row_id for at in range(7, 14)] == expected
+
+    def test_a_file_that_is_gone_before_it_is_opened_is_named(
+        self, refs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cache_rows, "allow_open_files", lambda count: (refs / "train" / NAMES[1]).unlink())
+        with pytest.raises(CacheError, match=r"00001\.parquet: cannot be read .*Check that the file is there"):
+            CacheRows(refs)
+
+    @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+    def test_an_error_of_the_system_names_the_file(
+        self, refs: Path, error: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A disk that fails, and a network mount that forgot the file: at a read, at its metadata, and in verification."""
+        rows = CacheRows(refs)
+        words = rf"0000[01]\.parquet: cannot be read .*{os.strerror(error)}.*disk or mount"
+
+        def fails(*args: object, **options: object) -> Any:
+            raise OSError(error, os.strerror(error))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(verified_file.os, "fstat", fails)
+            with pytest.raises(CacheError, match=words):
+                rows[8]
+        for name in ("ParquetFile", "read_row_groups"):
+            with monkeypatch.context() as patch:
+                patch.setattr(*((pq, name) if name == "ParquetFile" else (pq.ParquetFile, name)), fails)
+                with pytest.raises(CacheError, match=words):
+                    rows.column("prompt_id")
+        with monkeypatch.context() as patch:
+            patch.setattr(verification, "file_hash", fails)
+            with pytest.raises(CacheError, match=words):
+                CacheRows(refs)
+
+    def test_pages_are_compared_with_their_checksums(self, refs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk may return other bytes for a file that nobody wrote to, whose metadata then say nothing."""
+        rows = CacheRows(refs)
+        path = refs / "train" / NAMES[1]
+        column = pq.ParquetFile(path).metadata.row_group(0).column(4)
+        monkeypatch.setattr(VerifiedFile, "_check", lambda self: None)
+        flip(path, column.data_page_offset + column.total_compressed_size // 2)
+        with pytest.raises(CacheError, match=r"00001\.parquet: damaged content .*(?i:crc|checksum)"):
+            rows[7]
+
+    @pytest.mark.slow
+    def test_a_run_whose_shard_changes_is_resumed_once_it_is_restored(
+        self, refs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It ends at the first read of the shard, here the evaluation after update 4, and becomes the run of a quiet disk."""
+        options = {"batch_size": 4, "max_steps": 6, "learning_rate": 3e-3, "eval_fraction": 0.4, "eval_steps": 2}
+        config = TrainConfig(cache=refs, out=tmp_path / "run", device="cpu", save_steps=2, **options)  # type: ignore[arg-type]
+        train(replace(config, out=tmp_path / "quiet"))
+        path = refs / "train" / NAMES[1]
+        content = path.read_bytes()
+        step = KTOTrainer.training_step
+
+        def stepping(trainer: KTOTrainer, *arguments: Any, **more: Any) -> Any:
+            if trainer.state.global_step == 3:
+                path.write_bytes((refs / "train" / NAMES[0]).read_bytes())
+            return step(trainer, *arguments, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(KTOTrainer, "training_step", stepping)
+            with pytest.raises(CacheError, match=r"00001\.parquet: its content changed .*--resume"):
+                train(config)
+        with pytest.raises(CacheError, match=r"00001\.parquet"):
+            train(replace(config, resume=True))
+        path.write_bytes(content)
+        train(replace(config, resume=True))
+        found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "quiet"))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -22,7 +22,7 @@ from offline_kto.kto_core.scoring.sequences import pad_sequences
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.run import training_run
+from offline_kto.train.run import run_trainer
 from offline_kto.train.run.inputs import KeptMaterials, Materials
 from offline_kto.train.run.optimizer import check_sharding
 from offline_kto.train.run.train_run import train
@@ -113,9 +113,7 @@ def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
         margin(train(replace(config, out=tmp_path / memory, memory=memory, dtype="bfloat16")))
         for memory in ("full", "lean")
     )
-    monkeypatch.setattr(
-        training_run, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.0})
-    )
+    monkeypatch.setattr(run_trainer, "own_optimizer", lambda *_: (torch.optim.AdamW, {"lr": 1e-4, "weight_decay": 0.0}))
     plain = margin(train(replace(config, out=tmp_path / "plain")))
     assert lean == pytest.approx(full, rel=0.2)
     assert plain < 0.3 * full

@@ -18,7 +18,8 @@ from offline_kto.kto_core.cache.manifest import (
     read_manifest,
     write_manifest,
 )
-from offline_kto.kto_core.cache.shards import Rows, open_shard, shard_name, write_shard
+from offline_kto.kto_core.cache.shards import open_shard, shard_name, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 

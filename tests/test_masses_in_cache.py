@@ -14,7 +14,9 @@ from test_shards import make_row
 
 from offline_kto.kto_core.cache.manifest import checksum, fingerprint, identity_of, read_manifest, write_manifest
 from offline_kto.kto_core.cache.manifest_fields import JUDGEMENT_CHECKS, JudgementFields, OptionalEntries
-from offline_kto.kto_core.cache.shards import Rows, check_table, open_shard, shard_name, write_shard
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.shards import open_shard, shard_name, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.feedback.records import FeedbackRow

@@ -187,7 +187,7 @@ def test_auto_measures_with_the_model_itself_and_leaves_no_trace(cache, tmp_path
         RowCounter.last = rows * length
         assert any(p.grad is not None for p in self.policy.model.parameters())
 
-    monkeypatch.setattr("offline_kto.train.run.training_run.meter_of", lambda device: RowCounter())
+    monkeypatch.setattr("offline_kto.train.run.run_trainer.meter_of", lambda device: RowCounter())
     monkeypatch.setattr("offline_kto.train.trainer.gradient_passes.optimizer_bytes", lambda model, **_: 0)
     monkeypatch.setattr(GradientPasses, "try_rows", trial)
     measured = train(replace(config, out=tmp_path / "b"))
@@ -208,7 +208,7 @@ def test_states_of_a_checkpoint_are_not_counted_twice(cache, tmp_path, monkeypat
     def trial(self, rows, length):
         RowCounter.last = rows * length
 
-    monkeypatch.setattr("offline_kto.train.run.training_run.meter_of", lambda device: RowCounter())
+    monkeypatch.setattr("offline_kto.train.run.run_trainer.meter_of", lambda device: RowCounter())
     monkeypatch.setattr("offline_kto.train.trainer.gradient_passes.optimizer_bytes", optimizer_bytes)
     monkeypatch.setattr(GradientPasses, "try_rows", trial)
     monkeypatch.setattr(GradientPasses, "score_rows", trial)
@@ -257,7 +257,7 @@ def test_few_tokens_switch_checkpointing_on_unless_it_was_decided(cache, tmp_pat
         budgets.append((self.policy.max_tokens, found.max_tokens))
         return found
 
-    monkeypatch.setattr("offline_kto.train.run.training_run.meter_of", lambda _: device())
+    monkeypatch.setattr("offline_kto.train.run.run_trainer.meter_of", lambda _: device())
     monkeypatch.setattr("offline_kto.train.trainer.gradient_passes.optimizer_bytes", lambda model, **_: 0)
     monkeypatch.setattr(GradientPasses, "try_rows", trial)
     monkeypatch.setattr(GradientPasses, "score_rows", scoring)

@@ -17,7 +17,8 @@ from test_shards import make_row
 
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest, write_manifest
 from offline_kto.kto_core.cache.places import LONGEST_PLACE, files_of, place_of
-from offline_kto.kto_core.cache.shards import check_table, open_shard, read_metadata, write_shard
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.shards import open_shard, read_metadata, write_shard
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
@@ -100,7 +101,8 @@ class TestFormats:
         found = self.made(base, folder)
         assert found == [*(f"train-00000.jsonl:{i}" for i in (1, 2, 3)), "train-00001.jsonl:1"]
         rows = CacheRows(tmp_path / "data-refs")
-        assert rows.source_files(np.array([3, 0])) == ["train-00001.jsonl", "train-00000.jsonl"]
+        names, numbers = rows.source_files(np.array([3, 0])) or ([], np.empty(0))
+        assert [names[number] for number in numbers] == ["train-00001.jsonl", "train-00000.jsonl"]
 
     def test_both_rows_of_a_pair(self, base: Path, tmp_path: Path) -> None:
         pairs = [{"prompt": f"ask {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(3)]

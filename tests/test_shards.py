@@ -5,15 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from offline_kto.kto_core.cache.shards import (
-    SCHEMA,
-    Rows,
-    check_table,
-    open_shard,
-    read_metadata,
-    shard_name,
-    write_shard,
-)
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import SCHEMA
+from offline_kto.kto_core.cache.shards import open_shard, read_metadata, shard_name, write_shard
+from offline_kto.kto_core.cache.table_rows import Rows
 from offline_kto.kto_core.errors import CacheError
 
 

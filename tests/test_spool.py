@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models import tiny_tokenizer
 from naive_plan import naive_counts, naive_key, naive_labels_hash, naive_settled, naive_shard
 
-from offline_kto.kto_core.cache.shards import schema_of
+from offline_kto.kto_core.cache.row_schema import schema_of
 from offline_kto.kto_core.errors import CacheError, FeedbackError
 from offline_kto.kto_core.hashing import hex_ids, ids_id, json_hash, sequence_id
 from offline_kto.kto_core.judgements import Judgement, Masses, mass_columns

@@ -17,11 +17,12 @@ from judged_caches import judged, rewritten
 from stopped_runs import train_until
 from test_evaluation import some_scores
 from test_places import as_of_before
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.cache_rows import CacheRows, SourceFiles
 from offline_kto.train.data.repeated_rows import repeated_rows
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.suspects import MOST_SUSPECTS, ScoredRows, _largest
@@ -299,7 +300,7 @@ class TestGroups:
             scores = replace(scores, masses=torch.stack([labels, ~labels], 1).double(), kl_logratios=None)
         elif loss == "apo_zero":
             scores = replace(scores, kl_logratios=None)
-        files = ["a.jsonl" if i < 24 else "b.jsonl" for i in range(40)]
+        files = SourceFiles(["b.jsonl", "trained only.jsonl", "a.jsonl"], np.where(np.arange(40) < 24, 2, 0))
         found = held_out_groups(scores, None, objective, files)
         assert [one["by"] for one in found] == [*["prompt length"] * 4, *["class"] * 2, *["source file"] * 2]
         point = None if scores.kl_logratios is None else float(scores.kl_logratios.mean().clamp(min=0))
@@ -349,7 +350,26 @@ class TestGroups:
     def test_one_group_is_none(self) -> None:
         scores = replace(some_scores(), prompt_tokens=torch.full((40,), 7.0))
         ones = replace(scores, masses=torch.tensor([[1.0, 0.0]]).double().repeat(40, 1))
-        assert held_out_groups(ones, None, Objective("kto", 0.3), ["a.jsonl"] * 40) == []
+        assert (
+            held_out_groups(ones, None, Objective("kto", 0.3), SourceFiles(["a.jsonl"], np.zeros(40, np.int32))) == []
+        )
+
+    def test_many_groups_of_many_rows_are_computed_one_after_another(self) -> None:
+        """A hundred thousand held-out rows of twenty files took a hundred megabytes."""
+        rows, largest = 20_000, 0
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                nonlocal largest
+                found = func(*args, **(kwargs or {}))
+                largest = max(largest, found.nbytes if isinstance(found, torch.Tensor) else 0)
+                return found
+
+        files = SourceFiles([f"{number}.jsonl" for number in range(15)], np.arange(rows) % 15)
+        with Sizes():
+            found = held_out_groups(some_scores(rows), some_scores(rows), Objective("kto", 0.3), files)
+        assert len(found) == 2 + 15
+        assert largest == 2 * 8 * rows  # two masses of each row
 
     def test_many_rows_have_no_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("offline_kto.train.trainer.held_out_groups._MOST_RESAMPLED", 39)

@@ -27,7 +27,7 @@ from feedback_files import write_feedback, write_rows
 from safetensors.torch import load_file
 
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.errors import ConfigError, TrainingError
+from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
 from offline_kto.kto_core.options import resolve
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
@@ -223,6 +223,21 @@ def test_a_full_disk_ends_the_sweep_and_fails_no_trial(
     sweep_worker.Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
     assert [type(message) for message in said] == [Stop]
     assert re.search(r"0000: cannot be written: .*No space left .*run the same command to continue", said[0].reason)
+
+
+def test_a_cache_that_cannot_be_read_any_more_ends_the_sweep_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would not make a trial again that is recorded as failed."""
+
+    def opened(*_: Any) -> None:
+        raise CacheError("refs/train/00003.parquet: its content changed after it was verified")
+
+    said: list[Any] = []
+    pipe = cast(Any, SimpleNamespace(send=said.append, recv=lambda: "drop"))
+    monkeypatch.setattr(KeptMaterials, "data", opened)
+    sweep_worker.Worker(pipe, {}).run(0, TrainConfig(), tmp_path / "0000")
+    assert said == [Stop("refs/train/00003.parquet: its content changed after it was verified")]
 
 
 def test_a_run_that_cannot_begin_leaves_the_policy_as_it_was(cache: Path, tmp_path: Path) -> None:

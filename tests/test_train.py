@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from stopped_runs import train_until
 
 from offline_kto.kto_core.cache.manifest import read_manifest
-from offline_kto.kto_core.errors import CacheError, ConfigError, TrainingError
+from offline_kto.kto_core.errors import ConfigError, TrainingError
 from offline_kto.kto_core.hashing import chat_template_hash, tokenizer_hash
 from offline_kto.kto_core.lock import only_writer
 from offline_kto.kto_core.scoring.passes import ScoringPasses
@@ -582,7 +582,7 @@ def test_shorter_max_length_is_a_prefix_sum(config: TrainConfig, tmp_path: Path,
         assert len(rows[i].mismatched) <= 90
         cut += len(a) == 90
     assert cut
-    with pytest.raises(CacheError, match="cut at 256 tokens"):
+    with pytest.raises(TrainingError, match="cut at 256 tokens"):
         CacheRows(config.cache, max_length=500)
     run = train(replace(config, max_length=90, max_steps=1))
     assert metrics(run)[0]["loss"] == pytest.approx(0.5, abs=1e-6)

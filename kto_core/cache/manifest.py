@@ -5,6 +5,7 @@
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import shlex
@@ -56,6 +57,9 @@ PROMPT_TOO_LONG = "prompt_too_long"
 _LARGEST = 64 * MEGABYTE
 
 AGAIN = "Run the same kto-precompute again."
+
+# A disk that fails, and network mounts that forgot a file or do not answer.
+_OF_DISKS = {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT}
 
 _LONGEST_FILE_NAME = 200
 
@@ -243,6 +247,8 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         where = os.fsdecode(error.filename) if error.filename is not None else path
         advice = " Check its owner and mode (ls -l)." if isinstance(error, PermissionError) else ""
+        if error.errno in _OF_DISKS:
+            advice = " Check the disk or mount that it is on; then start again."
         raise CacheError(f"{where}: cannot be read ({said_by(error)}).{advice}") from error
 
 

@@ -13,17 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
-from offline_kto.kto_core.cache.shards import (
-    check_packing,
-    check_table,
-    has_places,
-    numbers,
-    open_shard,
-    optional_columns,
-    read_groups,
-    read_metadata,
-)
+from offline_kto.kto_core.cache.row_rules import check_table
+from offline_kto.kto_core.cache.row_schema import has_places, optional_columns
+from offline_kto.kto_core.cache.shards import check_packing, open_shard, read_groups, read_metadata
 from offline_kto.kto_core.cache.verified_shards import CheckedShard, FileState, VerifiedShards
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
@@ -42,11 +36,13 @@ class Verified:
         labels: bool, shape (rows,).
         largest_id: the largest token id in the shards whose content was checked here.
         groups: rows of each row group, by shard.
+        states: `state_of` each shard, from before it was checked.
     """
 
     labels: np.ndarray
     largest_id: int
     groups: list[list[int]]
+    states: list[list[int]]
 
 
 def verify_cache(
@@ -73,6 +69,7 @@ def verify_cache(
     with readable(folder):
         check_places(folder, manifest)
         paths = [folder / shard["file"] for shard in manifest.shards]
+        states = [FileState.of(path) for path in paths]
         unchanged = [
             None if known is None else known.unchanged(path, shard)
             for path, shard in zip(paths, manifest.shards, strict=True)
@@ -83,7 +80,16 @@ def verify_cache(
             found = unchanged[number]
             if found is None:
                 whole = number % every == first
-                found = _check_shard(folder, manifest, number, whole=whole, key=keys[number], known=known)
+                with readable(paths[number]):
+                    found = _check_shard(
+                        paths[number],
+                        manifest,
+                        number,
+                        whole=whole,
+                        key=keys[number],
+                        known=known,
+                        before=states[number],
+                    )
             if on_rows is not None:
                 on_rows(len(found.labels))
             return found
@@ -99,7 +105,8 @@ def verify_cache(
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
     if known is not None:
         known.write()
-    return Verified(labels, max(one.largest_id for one in found), [one.groups for one in found])
+    largest = max(one.largest_id for one in found)
+    return Verified(labels, largest, [one.groups for one in found], [one.state for one in states])
 
 
 def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> list[_Result]:
@@ -138,11 +145,16 @@ def _check_footers(
 
 
 def _check_shard(
-    folder: Path, manifest: Manifest, number: int, *, whole: bool, key: str | None, known: VerifiedShards | None
+    path: Path,
+    manifest: Manifest,
+    number: int,
+    *,
+    whole: bool,
+    key: str | None,
+    known: VerifiedShards | None,
+    before: FileState,
 ) -> CheckedShard:
     shard = manifest.shards[number]
-    path = folder / shard["file"]
-    before = FileState.of(path)
     if whole and file_hash(path) != shard["sha256"]:
         raise CacheError(f"{path}: its content changed since it was written (sha256 differs). {AGAIN}")
     found = known.content(shard) if known is not None and whole else None

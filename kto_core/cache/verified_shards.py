@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 
-from offline_kto.kto_core.cache import shards
 from offline_kto.kto_core.cache.manifest import Manifest
 from offline_kto.kto_core.cache.manifest_fields import ShardFields
 from offline_kto.kto_core.cache.own_files import own_files
@@ -33,6 +32,9 @@ _SETTLED = 2_000_000_000
 
 # Larger files are not read; ten million rows take 3 MB.
 _LARGEST = 256 * 2**20
+
+# What decides whether the rows of a shard keep the rules.
+_CODE_OF_CHECKS = ("shards.py", "row_rules.py", "row_schema.py", "arrow_lists.py")
 
 # What was not written for so long is removed: the cache may be gone. Seconds.
 _LONGEST_KEPT = 90 * 86_400
@@ -99,7 +101,7 @@ class VerifiedShards:
     def unchanged(self, path: Path, shard: ShardFields) -> CheckedShard | None:
         """Return the result for a file that did not change since it was verified, if that is believed."""
         known = self._known(shard)
-        if not self._trusts or known is None or known.file is None or known.file != _state(path):
+        if not self._trusts or known is None or known.file is None or known.file != state_of(path.stat()):
             return None
         self._kept[shard["sha256"]] = known
         return known.checked()
@@ -120,7 +122,7 @@ class VerifiedShards:
         Args:
             before: of the file, before it was read.
         """
-        settled = before.taken_at - max(before.state[-2:]) > _SETTLED and before.state == _state(path)
+        settled = before.taken_at - max(before.state[-2:]) > _SETTLED and before.state == state_of(path.stat())
         self._kept[shard["sha256"]] = _Remembered(
             rules=self._rules,
             key=checked.key,
@@ -155,11 +157,11 @@ class FileState:
     @classmethod
     def of(cls, path: Path) -> "FileState":
         taken_at = time.time_ns()
-        return cls(_state(path), taken_at)
+        return cls(state_of(path.stat()), taken_at)
 
 
-def _state(path: Path) -> list[int]:
-    found = path.stat()
+def state_of(found: os.stat_result) -> list[int]:
+    """Return what changes in the metadata of a file whenever it is written, renamed, copied or replaced."""
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
@@ -175,7 +177,7 @@ def _rules_of(manifest: Manifest) -> str:
     """Return a hash of the code that checks a shard's rows, and of what it compares them with."""
     return json_hash(
         [
-            file_hash(Path(shards.__file__)),
+            [file_hash(Path(__file__).with_name(name)) for name in _CODE_OF_CHECKS],
             manifest.identity,
             manifest.vocabulary,
             manifest.partners,

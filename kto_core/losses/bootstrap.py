@@ -10,8 +10,8 @@ from torch import Tensor
 
 RESAMPLES = 1000
 
-# Weights in memory at a time: 32 MB of float64.
-_ELEMENTS = 2**22
+# Weights in memory at a time: 4 MB of float64. A statistic takes several times as much.
+_ELEMENTS = 2**19
 
 
 def intervals(

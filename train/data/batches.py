@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from offline_kto.kto_core.hashing import ID
 from offline_kto.train.data.cache_rows import CacheRows, RowKey, TrainingRow
 from offline_kto.train.data.held_out import held_out_prompts
 
@@ -27,7 +28,7 @@ def split_by_prompt(rows: CacheRows, fraction: float, seed: int) -> tuple[np.nda
     """
     prompts = rows.prompt_ids
     digests = (hashlib.blake2b(f"{seed}/{prompt}".encode()).digest()[:16] for prompt in prompts.texts())
-    words = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+    words = np.fromiter(digests, dtype=ID, count=len(prompts.distinct)).view(">u8").reshape(-1, 2)
     held = np.zeros(len(words), dtype=bool)
     held[np.lexsort(words.T[::-1])[: held_out_prompts(fraction, len(words))]] = True
     is_held = held[prompts.codes]

@@ -6,20 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.cache.manifest import Manifest, read_manifest
 from offline_kto.kto_core.cache.places import PLACE, files_of, place_in_words
 from offline_kto.kto_core.cache.repeats import Repeats
-from offline_kto.kto_core.cache.shards import numbers
 from offline_kto.kto_core.cache.verification import verify_cache
 from offline_kto.kto_core.cache.verified_shards import VerifiedShards
 from offline_kto.kto_core.equal_ids import index_type
-from offline_kto.kto_core.errors import CacheError
+from offline_kto.kto_core.errors import CacheError, TrainingError
 from offline_kto.kto_core.hashing import ID
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES, ONE_BIT, Masses
 from offline_kto.kto_core.launch import read_launch
@@ -31,6 +32,7 @@ from offline_kto.train.data.row_ids import RowIds, as_ids, id_array_of
 from offline_kto.train.data.row_reader import RowReader, StoredRow
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
+from offline_kto.train.data.verified_file import VerifiedFile, allow_open_files
 from offline_kto.train.run_records import SampledLengths, Shortened
 
 # Row groups sampled for the lengths in the report; kto-precompute writes 64 rows into each.
@@ -71,6 +73,18 @@ class RowKey:
     partner: int
 
 
+class SourceFiles(NamedTuple):
+    """The source files of some rows.
+
+    Attributes:
+        names: of the files of a cache, each once.
+        numbers: which of them each row is from, int32, shape (rows,).
+    """
+
+    names: list[str]
+    numbers: np.ndarray
+
+
 class CacheRows(Dataset[TrainingRow]):
     """The rows of a cache, read from Parquet on access.
 
@@ -91,7 +105,8 @@ class CacheRows(Dataset[TrainingRow]):
         seconds: duration of the check.
 
     Raises:
-        CacheError: damaged, or `max_length` above the cached one.
+        CacheError: damaged.
+        TrainingError: `max_length` is above the cached one, or leaves no row.
     """
 
     def __init__(
@@ -101,7 +116,7 @@ class CacheRows(Dataset[TrainingRow]):
         self.manifest: Manifest = read_manifest(folder)
         cached = int(self.manifest.tokenization["max_length"])
         if max_length is not None and max_length > cached:
-            raise CacheError(
+            raise TrainingError(
                 f"--max-length {max_length}: the rows of the cache {folder} were cut at {cached} tokens, and scores of the rest do not "
                 f"exist. Use --max-length {cached} or less, or score again with kto-precompute --max-length {max_length}."
             )
@@ -113,8 +128,12 @@ class CacheRows(Dataset[TrainingRow]):
             known = VerifiedShards(folder, self.manifest, share=share, trust_unchanged=trust_unchanged)
             found = verify_cache(folder, self.manifest, share=share, on_rows=progress.add, known=known)
         self.largest_id, self.seconds = found.largest_id, time.monotonic() - started
-        paths = [folder / shard["file"] for shard in self.manifest.shards]
-        self._files = ShardFiles(paths, found.groups, mapped=mapped)
+        allow_open_files(len(self.manifest.shards))
+        shards = [
+            VerifiedFile(folder / shard["file"], shard["sha256"], state, mapped=mapped)
+            for shard, state in zip(self.manifest.shards, found.states, strict=True)
+        ]
+        self._files = ShardFiles(shards, found.groups)
         if read_manifest(folder) != self.manifest:  # a writer removes the manifest before it changes a shard
             raise CacheError(f"{folder}: was updated while it was read. Start again.")
         # Position in the files of each row here.
@@ -137,7 +156,7 @@ class CacheRows(Dataset[TrainingRow]):
         self._as_scored = not self.dropped
         return_freed_memory()
         if not len(self):
-            raise CacheError(
+            raise TrainingError(
                 f"--max-length {self.max_length}: every prompt in {folder} has at least that many tokens; no row is left."
             )
 
@@ -202,14 +221,13 @@ class CacheRows(Dataset[TrainingRow]):
             found.append(place_in_words(values.get(PLACE), values["source"]))
         return found
 
-    def source_files(self, rows: np.ndarray) -> list[str] | None:
-        """Return the file of each of the rows at some positions; None if there is one file, or the cache has no places."""
+    def source_files(self, rows: np.ndarray) -> "SourceFiles | None":
+        """Return the files of the rows at some positions; None if there is one file, or the cache has no places."""
         if not self.manifest.has_places or len(self.manifest.data.get("files") or []) < 2:
             return None
-        # Every row repeats its file's name, and as a dictionary ten million of them take little memory.
         files = self.column(PLACE, lambda places: files_of(places).dictionary_encode()).unify_dictionaries()
-        found: list[str] = _taken(files, self._fitting[rows]).to_pylist()
-        return found
+        numbers_of_rows = np.concatenate([numbers(chunk.indices) for chunk in files.chunks])[self._fitting[rows]]
+        return SourceFiles(files.chunk(0).dictionary.to_pylist(), numbers_of_rows)
 
     @functools.cached_property
     def pair_ids(self) -> RowIds:
@@ -309,6 +327,11 @@ class CacheRows(Dataset[TrainingRow]):
         """Return the rows of a batch, the next one of what is expected, if that is known; torch calls it."""
         found = self._reader.read(self._fitting[[key.index for key in keys]].tolist(), keys[0].partner % self.partners)
         return [self._row(key.index, stored) for key, stored in zip(keys, found, strict=True)]
+
+    def together(self, indices: np.ndarray) -> list[TrainingRow]:
+        """Return the rows at some positions with their first mismatched completion; they keep no other row in memory."""
+        found = self._reader.read_together(self._fitting[indices].tolist(), 0)
+        return [self._row(index, stored) for index, stored in zip(indices.tolist(), found, strict=True)]
 
     def expect(self, indices: np.ndarray, partner: int) -> None:
         """Prepare for reading some rows once each, in this order and with this mismatched completion."""

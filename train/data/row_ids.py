@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from offline_kto.kto_core.cache.shards import numbers
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.equal_ids import EqualIds, IdIndex, index_type
 from offline_kto.kto_core.hashing import ID, hex_ids
 

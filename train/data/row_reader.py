@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from offline_kto.kto_core.cache.shards import numbers
+from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.data.shard_files import ShardFiles
 
@@ -172,6 +172,19 @@ class RowReader:
             if not in_order or order is None or order.partner != partner:
                 return [self._read_alone(row, partner) for row in rows]
             return self._read_next(rows, order)
+
+    def read_together(self, rows: Sequence[int], partner: int) -> list[StoredRow]:
+        """Return rows that keep nothing else of their row groups in memory.
+
+        Raises:
+            CacheError: damaged content.
+        """
+        blocks = self._files.blocks_of(np.asarray(rows))
+        wanted = {int(block): np.unique(np.asarray(rows)[blocks == block]) for block in np.unique(blocks)}
+        with self._lock:
+            decoded = self._decoded(wanted, partner)
+        found = (decoded[block].find(row) for row, block in zip(rows, blocks.tolist(), strict=True))
+        return [stored for stored in found if stored is not None]
 
     def _read_next(self, rows: Sequence[int], order: _Order) -> list[StoredRow]:
         blocks = self._files.blocks_of(np.asarray(rows)).tolist()

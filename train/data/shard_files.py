@@ -1,19 +1,15 @@
 """Read the row groups of a cache's shards; the files stay open, and few of their footers stay in memory."""
 
 import itertools
-import os
-import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.shards import read_groups
-from offline_kto.kto_core.errors import CacheError, said_by
+from offline_kto.train.data.verified_file import VerifiedFile
 
 # Memory for parsed footers, and what one needs for each column of a row group, in bytes (as measured).
 _BYTES_OF_FOOTERS, _BYTES_OF_CHUNK = 8 * 2**20, 900
@@ -31,23 +27,17 @@ class ShardFiles:
     Row groups are numbered through all of them, and so are rows, and blocks: neighbouring row groups of one shard.
 
     Args:
-        paths: of the shards, in their order.
+        shards: in their order.
         groups: rows of each of their row groups.
-        mapped: map the files into memory.
-
-    Raises:
-        CacheError: a file cannot be opened.
     """
 
-    def __init__(self, paths: Sequence[Path], groups: Sequence[Sequence[int]], *, mapped: bool) -> None:
-        _allow_open_files(len(paths))
-        self._paths = list(paths)
-        self._sources = [_opened(path, mapped=mapped) for path in paths]
+    def __init__(self, shards: Sequence[VerifiedFile], groups: Sequence[Sequence[int]]) -> None:
+        self._shards = list(shards)
         self._first_groups = np.cumsum([0, *map(len, groups)])
         self._ends = np.cumsum(np.concatenate([np.asarray(of_shard, dtype=np.int64) for of_shard in groups]))
         firsts = [np.arange(*span, _GROUPS_OF_BLOCK) for span in itertools.pairwise(self._first_groups.tolist())]
         self._block_ends = self.first_rows(np.append(np.concatenate(firsts)[1:], len(self._ends)))
-        self._footers = _Footers(self._sources)
+        self._footers = _Footers(self._shards)
 
     @property
     def group_count(self) -> int:
@@ -88,12 +78,12 @@ class ShardFiles:
             keep: keep the footer of its shard in memory, for further reads.
 
         Raises:
-            CacheError: damaged content.
+            CacheError: damaged or changed content.
         """
         shard = self._shard_of(group)
         position = group - int(self._first_groups[shard])
-        with self._footers.of(shard) if keep else _File(self._sources[shard]) as file:
-            (table,) = read_groups(self._paths[shard], file, columns=columns, groups=[position])
+        with self._footers.of(shard) if keep else _File(self._shards[shard]) as file:
+            (table,) = self._shards[shard].tables(file, columns, groups=[position])
         return table
 
     def _shard_of(self, group: int) -> int:
@@ -109,38 +99,37 @@ class ShardFiles:
             most_bytes: of a table with more than one row group.
 
         Raises:
-            CacheError: damaged content.
+            CacheError: damaged or changed content.
         """
-        shard = self._shard_of(int(groups[0]))
-        path, positions = self._paths[shard], (groups - self._first_groups[shard]).tolist()
-        with _File(self._sources[shard]) as file:
+        number = self._shard_of(int(groups[0]))
+        shard, positions = self._shards[number], (groups - self._first_groups[number]).tolist()
+        with _File(shard) as file:
             start, together = 0, 1
             while start < len(groups):
                 some = slice(start, start + together)
-                (table,) = read_groups(path, file, columns=columns, groups=positions[some], at_once=together)
+                (table,) = shard.tables(file, columns, groups=positions[some], at_once=together)
                 yield groups[some], table
                 start += together
                 together = max(1, most_bytes * len(groups[some]) // max(1, table.nbytes))
 
     def column(self, name: str, summary: Callable[[pa.Array], pa.Array]) -> pa.ChunkedArray:
-        """Read a column of all shards, and summarize it chunk by chunk. Raises: CacheError: damaged content."""
+        """Read a column of all shards, and summarize it chunk by chunk. Raises: CacheError: damaged or changed content."""
         return pa.chunked_array(
             [summary(chunk) for table in self.tables([name]) for chunk in table.column(name).chunks]
         )
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Yield some columns of all rows, a few row groups at a time. Raises: CacheError: damaged content."""
-        for path, source in zip(self._paths, self._sources, strict=True):
-            file = pq.ParquetFile(source, pre_buffer=False)
-            yield from read_groups(path, file, columns=columns, at_once=_GROUPS_AT_ONCE)
+        """Yield some columns of all rows, a few row groups at a time. Raises: CacheError: damaged or changed content."""
+        for shard in self._shards:
+            yield from shard.tables(shard.parsed(), columns, at_once=_GROUPS_AT_ONCE)
 
 
 class _File:
     """A shard with its parsed footer, for one thread at a time."""
 
-    def __init__(self, source: pa.NativeFile) -> None:
+    def __init__(self, shard: VerifiedFile) -> None:
         self._lock = threading.Lock()
-        self._file = pq.ParquetFile(source, pre_buffer=False)
+        self._file = shard.parsed()
         metadata = self._file.metadata
         self.nbytes = metadata.num_row_groups * metadata.num_columns * _BYTES_OF_CHUNK
 
@@ -155,8 +144,8 @@ class _File:
 class _Footers:
     """The shards that were read last."""
 
-    def __init__(self, sources: Sequence[pa.NativeFile]) -> None:
-        self._sources, self._lock = sources, threading.Lock()
+    def __init__(self, shards: Sequence[VerifiedFile]) -> None:
+        self._shards, self._lock = shards, threading.Lock()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._bytes = 0
 
@@ -165,7 +154,7 @@ class _Footers:
             if shard in self._files:
                 self._files.move_to_end(shard)
                 return self._files[shard]
-        file = _File(self._sources[shard])  # two threads may do so at once, and the first one's is kept
+        file = _File(self._shards[shard])  # two threads may do so at once, and the first one's is kept
         with self._lock:
             if shard not in self._files:
                 self._files[shard] = file
@@ -173,28 +162,3 @@ class _Footers:
             while self._bytes > _BYTES_OF_FOOTERS and len(self._files) > 1:
                 self._bytes -= self._files.popitem(last=False)[1].nbytes
             return file
-
-
-def _opened(path: Path, *, mapped: bool) -> pa.NativeFile:
-    try:
-        return pa.memory_map(str(path)) if mapped else pa.OSFile(str(path))
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be read ({said_by(error)}).") from error
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit on open files, so that all shards stay open, and the files that are read are the verified ones.
-
-    Raises:
-        CacheError: the system does not allow so many.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + count + 256 if Path("/proc/self/fd").exists() else 2 * count + 512
-    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
-        return
-    if wanted > hard:
-        raise CacheError(
-            f"The cache has {count:,} shards, and this system allows {hard:,} open files (ulimit -Hn). Make fewer shards: "
-            "kto-precompute --rows-per-shard 65536 into another folder."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -29,10 +29,10 @@ from offline_kto.train.model.policy import PolicyFiles
 from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.callbacks import read_metrics
+from offline_kto.train.run.run_trainer import check_vocabulary, make_trainer
 from offline_kto.train.run.samples import HeldOutSamples
 from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.suspects import find_suspects, held_out_rows
-from offline_kto.train.run.training_run import check_vocabulary, make_trainer
 from offline_kto.train.run_files import (
     EVALUATION,
     METRICS,

@@ -100,7 +100,7 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
 def _plan(config: TrainConfig, out: Path) -> None:
     _find_repository(config)
     materials, data = _open_data(config, out)
-    from offline_kto.train.run.training_run import Plan
+    from offline_kto.train.run.planned_run import Plan
 
     plan = Plan.make(config, out, data, materials)
     plan.check()

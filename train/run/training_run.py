@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,35 +13,28 @@ from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import write_json
 from offline_kto.kto_core.errors import TrainingError, in_one_line
 from offline_kto.kto_core.launch import sharding_asked_for
-from offline_kto.kto_core.library_types import Model
-from offline_kto.kto_core.models.precision import Precision, resolve_device
+from offline_kto.kto_core.models.precision import Precision
 from offline_kto.kto_core.out_of_memory import one_memory_error
-from offline_kto.kto_core.scoring.logps import sees_whole_passes
-from offline_kto.kto_core.scoring.output_layer import whole_shape
 from offline_kto.train.config import TrainConfig, is_better
-from offline_kto.train.data.cache_rows import CacheRows
 from offline_kto.train.data.training_data import TrainingData
 from offline_kto.train.diagnostics.outcome import Tried
-from offline_kto.train.diagnostics.settings import class_weight_values, warnings_for
 from offline_kto.train.diagnostics.training import Settings, Watch
 from offline_kto.train.model.policy import PolicyFiles
-from offline_kto.train.model.recipe import run_precision, saved_type
-from offline_kto.train.model.saved_model import Layout, ModelWriter
+from offline_kto.train.model.recipe import saved_type
+from offline_kto.train.model.saved_model import Layout
 from offline_kto.train.publish.base_model import CARD
 from offline_kto.train.publish.local_paths import LocalPaths
 from offline_kto.train.publish.model_card import CardContent, command_of, write_card
 from offline_kto.train.publish.upload_folder import collect
-from offline_kto.train.run.arguments import Arguments, accepted_by_trainer, training_arguments
 from offline_kto.train.run.callbacks import Console, EarlyStopping, MetricsFile
 from offline_kto.train.run.estimates import computed_on
-from offline_kto.train.run.folder import last_checkpoint, write_start
+from offline_kto.train.run.folder import write_start
 from offline_kto.train.run.inputs import Materials
-from offline_kto.train.run.optimizer import check_sharding, own_optimizer
-from offline_kto.train.run.plan import print_plan
-from offline_kto.train.run.plan_warnings import idle_gpu_warnings, rank_warnings, saving_warnings
+from offline_kto.train.run.planned_run import Plan, versions
 from offline_kto.train.run.rewards_file import write_rewards
+from offline_kto.train.run.run_trainer import check_vocabulary, make_trainer
 from offline_kto.train.run.samples import HeldOutSamples
-from offline_kto.train.run.start_check import check_start, tolerance_for
+from offline_kto.train.run.start_check import check_start
 from offline_kto.train.run.suspects import ScoredRows, find_suspects, held_out_rows, trained_rows
 from offline_kto.train.run_files import (
     EVALUATION,
@@ -53,93 +45,16 @@ from offline_kto.train.run_files import (
     read_run_record,
     write_run_record,
 )
-from offline_kto.train.run_records import ComputedWith, EvaluationRecord, FinalUpdate, RunRecord
+from offline_kto.train.run_records import EvaluationRecord, FinalUpdate, RunRecord
 from offline_kto.train.trainer.checkpoints import reading
-from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 from offline_kto.train.trainer.evaluation import Scores, summary
-from offline_kto.train.trainer.gradient_sums import BUCKET_BYTES, Sending
 from offline_kto.train.trainer.held_out_changes import load_untrained, save_untrained
 from offline_kto.train.trainer.held_out_groups import held_out_groups
 from offline_kto.train.trainer.kto_trainer import KTOTrainer
-from offline_kto.train.trainer.liger_layers import check_liger_supports
-from offline_kto.train.trainer.memory import Meter, meter_of
 from offline_kto.train.trainer.objective import Objective
 from offline_kto.train.trainer.saving import publish_model, remove_leftovers, unfinished
-from offline_kto.train.trainer.sharding import gather_when_saving, prepare_sharding
+from offline_kto.train.trainer.sharding import gather_when_saving
 from offline_kto.train.trainer.tensor_float import tf32_products, tf32_suffices
-
-_MAX_TOKENS_CPU = 1024
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose policy is not loaded yet.
-
-    Attributes:
-        checkpoint: the checkpoint to resume from, or None.
-        warnings: the warnings of the plan, on the process that prints.
-    """
-
-    config: TrainConfig
-    device: torch.device
-    precision: Precision
-    objective: Objective
-    args: Arguments
-    files: PolicyFiles
-    checkpoint: str | None
-    warnings: list[str]
-
-    @classmethod
-    def make(
-        cls, config: TrainConfig, out: Path, data: TrainingData, materials: Materials, name: str | None = None
-    ) -> "Plan":
-        """Check options, policy and checkpoint, and print the plan. Write nothing.
-
-        Args, Raises: as `TrainingRun.set_up`.
-        """
-        device = resolve_device(config.device)
-        precision = run_precision(config, device)
-        objective = Objective.of(config, class_weight_values(config, *data.class_masses))
-        warnings: list[str] = []
-        args = training_arguments(config, out, precision, held_out=data.held_out is not None, name=name)
-        check_sharding(config, args)
-        files = materials.files(config, data.rows.manifest)
-        now: ComputedWith = {
-            "precision": precision.name,
-            "versions": versions(),
-            "held_out_cache": data.held_out_cache,
-        }
-        main = args.process_index == 0
-        updates = config.updates(data.units.size)
-        checkpoint = last_checkpoint(config, out, data.rows.manifest, now, updates=updates, main=main)
-        if main:
-            warnings += data.warnings(config, precision)
-            warnings += rank_warnings(config, data, ranks=args.world_size, device=device)
-            merges = bool(config.lora_rank and files.adapter)
-            warnings += saving_warnings(config, merges=merges, held_out=data.held_out is not None)
-            warnings += idle_gpu_warnings(args)
-            warnings += warnings_for(
-                config, *data.class_masses, objective.weights, by_mass=data.rows.masses is not None
-            )
-            estimates = name is None  # only trials of a sweep have names
-            print_plan(config, data, files, precision, objective, out, device, warnings, estimates=estimates)
-            if config.resume:
-                tell(f"resume      {checkpoint or 'no checkpoint yet: starting from the beginning'}")
-        return cls(config, device, precision, objective, args, files, checkpoint, warnings)
-
-    @property
-    def is_main(self) -> bool:
-        """Return whether this is the process that prints and writes."""
-        return bool(self.args.process_index == 0)
-
-    def check(self) -> None:
-        """Check what loading the policy would, as far as that takes no weights.
-
-        Raises:
-            ModelError, TrainingError: see `PolicyFiles.check_trainable`.
-        """
-        whole_fits = self.device.type == "cuda" and not sharding_asked_for()
-        self.files.check_trainable(self.config, self.precision, self.args.device if whole_fits else torch.device("cpu"))
 
 
 @dataclass
@@ -545,15 +460,6 @@ class TrainingRun:
         }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, torch and transformers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 class _Steps(transformers.TrainerCallback):
     """A callback that begins the run, and requests logs and evaluations in addition to the Trainer's."""
 
@@ -596,67 +502,3 @@ class _Steps(transformers.TrainerCallback):
         if self.run.samples is not None and at_evaluations:
             self.run.samples.make(state.global_step)
         self.run.trainer.start_clock()
-
-
-def make_trainer(
-    config: TrainConfig,
-    args: transformers.TrainingArguments,
-    data: TrainingData,
-    model: Model,
-    files: PolicyFiles,
-    objective: Objective,
-    precision: Precision,
-    callbacks: list[transformers.TrainerCallback],
-) -> KTOTrainer:
-    """Return the Trainer for a loaded policy."""
-    if args.use_liger_kernel:
-        check_liger_supports(model)
-    if (compiling := Compiling.of(config.training)) is not None:
-        compile_layers(model, compiling)
-    reduce_dtype: torch.dtype = getattr(torch, config.reduce_dtype)
-    bucket_mb = args.ddp_bucket_cap_mb
-    with accepted_by_trainer(config):
-        trainer = KTOTrainer(
-            model=model,
-            args=args,
-            rows=data.rows,
-            batches=data.batches(config),
-            objective=objective,
-            max_tokens=_max_tokens(config, model, args.device),
-            dtype=precision.dtype,
-            rounding=tolerance_for(data.rows.manifest, precision),
-            held_out=data.held_out,
-            may_checkpoint=config.gradient_checkpointing is None,
-            keeps_best=config.keeps_best,
-            optimizer_cls_and_kwargs=own_optimizer(config, args),
-            writer=ModelWriter.of(files.folder, files.tokenizer, model, trust_remote_code=config.trust_remote_code),
-            sending=Sending(reduce_dtype, bucket_mb * 2**20 if bucket_mb else BUCKET_BYTES),
-            callbacks=callbacks,
-        )
-    trainer.remove_callback(transformers.PrinterCallback)
-    prepare_sharding(
-        trainer.accelerator,
-        precision.dtype,
-        merges=bool(config.lora_rank and files.adapter),
-        reduce_dtype=reduce_dtype,
-    )
-    return trainer
-
-
-def _max_tokens(config: TrainConfig, model: Model, device: torch.device) -> int | Meter:
-    """Return the tokens of one pass, or a meter that measures how many fit once the model is prepared."""
-    if sees_whole_passes(model):
-        return 1
-    if not isinstance(config.max_tokens, str):
-        return config.max_tokens
-    meter = meter_of(device)
-    return _MAX_TOKENS_CPU if meter is None else meter
-
-
-def check_vocabulary(model: Model, rows: CacheRows) -> None:
-    """Check that the policy has an embedding for every token id in the cache."""
-    size = whole_shape(model.get_input_embeddings().weight)[0]
-    if rows.largest_id >= size:
-        raise TrainingError(
-            f"The cache contains token id {rows.largest_id}, but the policy's vocabulary has {size} tokens, so it is another model."
-        )

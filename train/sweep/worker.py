@@ -29,7 +29,7 @@ import transformers
 from offline_kto.kto_core.cache.manifest_fields import RowsIdentity
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.durable_files import OF_THE_DISK, remove_tree, written_to
-from offline_kto.kto_core.errors import KTOError, WriteError, in_one_line
+from offline_kto.kto_core.errors import CacheError, KTOError, WriteError, in_one_line
 from offline_kto.kto_core.models.precision import resolve_device
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.diagnostics.settings import class_warnings, class_weight_values
@@ -37,7 +37,8 @@ from offline_kto.train.model.recipe import run_precision
 from offline_kto.train.run.arguments import training_arguments
 from offline_kto.train.run.inputs import KeptMaterials
 from offline_kto.train.run.plan import print_data
-from offline_kto.train.run.training_run import TrainingRun, versions
+from offline_kto.train.run.planned_run import versions
+from offline_kto.train.run.training_run import TrainingRun
 from offline_kto.train.run_files import CONFIG, EVALUATION, METRICS, REWARDS, read_run_record, write_run_record
 from offline_kto.train.run_records import EvaluationRecord, TrainedWith
 from offline_kto.train.samples_file import SAMPLES
@@ -132,12 +133,12 @@ class Worker:
         try:
             with written_to(folder, WriteError, ""):
                 self._run(number, config, folder)
-        except WriteError as error:  # every other trial would fail too
+        except WriteError as error:
             reason = in_one_line(error.__cause__ or error).rstrip(".")
             self.pipe.send(
                 Stop(f"{folder}: cannot be written: {reason}. Make room, and run the same command to continue.")
             )
-        except KTOError as error:  # the best model cannot be kept
+        except KTOError as error:  # the cache cannot be read, or the best model cannot be kept
             self.pipe.send(Stop(str(error)))
 
     def _run(self, number: int, config: TrainConfig, folder: Path) -> None:
@@ -156,7 +157,7 @@ class Worker:
                     self.pipe.send(Stop(_other_rows(config)))
                     return
                 outcome, found = self._train(run)
-            except WriteError:
+            except (WriteError, CacheError):  # no trial is recorded as failed, because every other one would fail too
                 raise
             except KTOError as error:
                 tell(f"Error: {error}", logging.ERROR)

@@ -4,7 +4,6 @@ A group is a set of masses: those of its rows, and 0 elsewhere. All groups share
 loss does, and their values are sums over rows, so that one pass computes all of them.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.losses.bootstrap import interval, replicates
 from offline_kto.kto_core.losses.metrics import on_the_right_side
 from offline_kto.kto_core.losses.preference_losses import pair_masses
+from offline_kto.train.data.cache_rows import SourceFiles
 from offline_kto.train.run_records import GroupRecord
 from offline_kto.train.trainer.evaluation import Scores, common_point
 from offline_kto.train.trainer.objective import Objective
@@ -36,13 +36,13 @@ class _Group(NamedTuple):
 
 
 def held_out_groups(
-    scores: Scores, before: Scores | None, objective: Objective, files: Sequence[str] | None = None
+    scores: Scores, before: Scores | None, objective: Objective, files: SourceFiles | None = None
 ) -> list[GroupRecord]:
     """Return the metrics of each group; of a kind with a single group, none.
 
     Args:
         before: of the same rows before training; None if they are not known.
-        files: source file of each row; None if they are not known, or all the same.
+        files: of the rows; None if they are not known, or all the same.
     """
     groups = [*_by_length(scores), *_by_class(scores), *_by_objective(scores), *_by_file(scores, files)]
     groups = [group for group in groups if group.masses.any()]
@@ -83,10 +83,13 @@ def _by_objective(scores: Scores) -> list[_Group]:
     return [_Group("objective", name, masses) for name, masses in scores.objectives.items()]
 
 
-def _by_file(scores: Scores, files: Sequence[str] | None) -> list[_Group]:
-    names = np.asarray(files or [])
-    most = sorted(name for name, _ in Counter(files or []).most_common(_MOST_FILES))
-    found = [_Group("source file", name, _inside(scores, names == name)) for name in most]
+def _by_file(scores: Scores, files: SourceFiles | None) -> list[_Group]:
+    if files is None:
+        return []
+    rows = np.bincount(files.numbers, minlength=len(files.names))
+    most = np.argsort(-rows, kind="stable")[:_MOST_FILES]
+    named = sorted((files.names[number], number) for number in most[rows[most] > 0].tolist())
+    found = [_Group("source file", name, _inside(scores, files.numbers == number)) for name, number in named]
     return found if len(found) > 1 else []
 
 
@@ -95,10 +98,13 @@ def _inside(scores: Scores, inside: np.ndarray) -> Tensor:
 
 
 def _with_loss(scores: Scores, objective: Objective, groups: Sequence[_Group]) -> dict[str, Tensor]:
-    """Return accuracy, margin and loss of each group, shape (1, groups) each."""
-    total = torch.stack([one.masses.sum() for one in groups])
-    losses = _losses(scores, objective, groups) / total
-    return {**_values(scores, objective, groups, _once(scores)), "loss": losses[None]}
+    """Return accuracy, margin and loss of each group, shape (1, groups) each; one after another, for the memory."""
+    found: dict[str, list[Tensor]] = {}
+    for one in groups:
+        loss = _losses(scores, objective, [one]) / one.masses.sum()
+        for name, value in {**_values(scores, objective, [one], _once(scores)), "loss": loss[None]}.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.cat(values, 1) for name, values in found.items()}
 
 
 def _values(scores: Scores, objective: Objective, groups: Sequence[_Group], weights: Tensor) -> dict[str, Tensor]:

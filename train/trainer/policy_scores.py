@@ -9,7 +9,7 @@ from torch import Tensor
 from offline_kto.kto_core.losses.metrics import Tokens
 from offline_kto.kto_core.scoring.passes import ScoringPasses
 from offline_kto.kto_core.scoring.transfer import to_device
-from offline_kto.train.data.cache_rows import RowKey, TrainingRow
+from offline_kto.train.data.cache_rows import TrainingRow
 from offline_kto.train.data.held_out import HeldOutRows
 from offline_kto.train.data.scored_sequences import ScoredSequence
 from offline_kto.train.model.token_budget import MOST_TOKENS
@@ -58,7 +58,7 @@ class PolicyScores:
         per_row = self.objective.scores_per_row
         scores = torch.empty(per_row + 1, len(indices), dtype=torch.float64)
         for start in range(0, len(indices), HELD_OUT_ROWS):
-            rows = [held_out.cache[RowKey(i, 0)] for i in indices[start : start + HELD_OUT_ROWS].tolist()]
+            rows = held_out.cache.together(indices[start : start + HELD_OUT_ROWS])
             some = slice(start, start + len(rows))
             scores[:, some] = score(rows)
             tokens[some] = torch.tensor([len(row.matched.completion_ids) for row in rows])
