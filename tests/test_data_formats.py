@@ -1930,6 +1930,82 @@ def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_p
 
 @pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
 @pytest.mark.parametrize(
+    ("label", "key", "votes", "against", "proposal"),
+    [
+        ("thumbs", "score", (0.1, 0.9), 2, "--label-field score --up '>0.5' --down '<0.5'"),
+        ("thumbs", "score", (0.9, 0.1), 0, ""),
+        ("thumbs", "user_feedback", (False, False), 1, "--label-field user_feedback"),
+        ("label", "user_feedback", ("up", None), 0, ""),
+        ("label", "user_feedback", (None, "up"), 1, "--label-field user_feedback"),
+    ],
+)
+def test_other_votes_of_each_judged_turn_are_compared_and_listed(
+    tmp_path, container, label, key, votes, against, proposal
+):
+    answers = [
+        {**assistant(text), label: verdict, key: vote}
+        for text, verdict, vote in zip("ab", ("up", "down"), votes, strict=True)
+    ]
+    record = {"messages": [user("q"), answers[0], user("r"), answers[1]], "id": 1}
+    read_rows, _, found = read(container(tmp_path, [record]))
+    assert [row[1] for row in read_rows] == [True, False]
+    assert found.unused_beside() == [f"messages[].{key}"]
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    for note in notes:
+        assert (
+            f"contradicts the label that was read in {against} of {sum(vote is not None for vote in votes)} row" in note
+        )
+        assert proposal in note
+
+
+def test_votes_of_messages_that_are_no_rows_are_listed(tmp_path):
+    judged = [user("q"), {**assistant("a"), "score": 0.2, "thumbs": "down"}, user("r"), assistant("b")]
+    other = [user("s"), {**assistant("a"), "label": True}, user("r"), {**assistant("b"), "user_feedback": False}]
+    records = [{"messages": judged, "is_good": True}, {"messages": other, "is_good": None}]
+    assert read(as_jsonl(tmp_path, records[:1]), label_field="is_good", one_class=True)[2].unused_beside() == [
+        "messages[].score",
+        "messages[].thumbs",
+    ]
+    found = read(as_jsonl(tmp_path, records[1:]))[2]
+    assert found.unused_beside() == ["messages[].user_feedback"]  # of another message than the one that is judged
+    assert not [note for note in found.notes() if "contradicts" in note]
+
+
+def test_a_rule_that_reverses_ratings_of_turns_contradicts_nothing(tmp_path):
+    turns = [user("q"), {**assistant("a"), "rating": 5}, user("r"), {**assistant("b"), "rating": 1}]
+    read_rows, _, found = read(as_jsonl(tmp_path, [{"messages": turns}]), label_field="rating", up="<=2", down=">=4")
+    assert ([row[1] for row in read_rows], found.notes()) == ([False, True], [])
+
+
+@pytest.mark.parametrize(
+    ("beside", "options"),
+    [
+        ({"labels": [0, 1]}, "--label-field labels or --label-field label,"),
+        ({"labels": {"helpful": True}}, "--label-field labels or --label-field label,"),
+        ({"up": 3, "down": 1}, "--label-field '{up: up, down: down}' or --label-field label,"),
+    ],
+)
+def test_votes_of_the_record_beside_labels_of_its_messages_are_refused(tmp_path, beside, options):
+    turns = [user("q"), {**assistant("a"), "label": True}, user("r"), {**assistant("b"), "label": False}]
+    message = refusal(as_jsonl(tmp_path, [{"messages": turns, **beside}]))
+    assert "only one of them can be the label" in message
+    assert options in message
+
+
+def test_a_label_beside_a_label_of_each_answer_is_refused(tmp_path):
+    turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+    record = {"messages": turns, "labels": [True, False], "label": True}
+    assert "Pass --label-field labels or --label-field label." in refusal(as_jsonl(tmp_path, [record]))
+    assert [row[1] for row in read(as_jsonl(tmp_path, [record]), label_field="labels")[0]] == [True, False]
+    assert len(read(as_jsonl(tmp_path, [record]), label_field="label", one_class=True)[0]) == 1
+    assert (
+        len(read(as_jsonl(tmp_path, [{**record, "labels": [True, True, False]}]), one_class=True)[0]) == 1
+    )  # of raters
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
     ("key", "votes", "words"),
     [
         (

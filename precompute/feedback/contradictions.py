@@ -3,7 +3,7 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,6 +11,7 @@ from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.labels import Scale, has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
+from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.precompute.records.feedback_columns import is_turned_round, is_undesirable, reversed_options
 
 # Columns that say the same as a label, if they are there.
@@ -47,13 +48,17 @@ def _verdicts_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _verdicts_in(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield the columns that look like a verdict, and such keys of the judged message, as "messages[].user_feedback"."""
-    yield from ((name, record[name]) for name in _verdicts_among(tuple(record)))
+    """Yield the columns that look like a verdict."""
+    return ((name, record[name]) for name in _verdicts_among(tuple(record)))
+
+
+def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[tuple[str, object]]:
+    """Yield the keys of a message that look like a verdict, as "messages[].user_feedback"."""
     for column in CONVERSATIONS:
         turns = opened(record.get(column))
-        judged = turns[-1] if isinstance(turns, list | tuple) and turns else None
+        judged = turns[number] if isinstance(turns, list | tuple) and number < len(turns) and turns else None
         if isinstance(judged, Mapping):
-            yield from ((f"{column}{_OF_MESSAGES}{name}", judged[name]) for name in _verdicts_among(tuple(judged)))
+            yield from ((f"{column}{_OF_MESSAGES}{name}", value) for name, value in _verdicts_in(judged))
 
 
 class ColumnsToRead(frozenset[str]):
@@ -75,12 +80,17 @@ class Contradictions:
     seen: dict[str, Counter[tuple[str, bool]]] = field(default_factory=dict)
     first: dict[tuple[str, str, bool], str] = field(default_factory=dict)
 
-    def add(self, record: Mapping[str, object], label: bool, where: str) -> None:
-        """Note the values of a record that became one row."""
-        for name, value in _verdicts_in(record):
-            if has_no_value(value) or not isinstance(value, bool | int | float | str):
-                continue
-            self._count(name, _shown(value), label, 1, where)
+    def add(self, record: Mapping[str, object], rows: Sequence[FeedbackRow]) -> None:
+        """Note the values of a record beside the labels of its rows.
+
+        A row that judges a message is compared with that message, and a row of a whole conversation with its last one. The columns
+        of the record are about a row only if it is the only one.
+        """
+        for row in rows if len(rows) == 1 or rows[0].turn is not None else ():  # else of a pair
+            values = [*_verdicts_of_message(record, -1 if row.turn is None else row.turn)]
+            for name, value in [*_verdicts_in(record), *values] if len(rows) == 1 else values:
+                if not has_no_value(value) and isinstance(value, bool | int | float | str):
+                    self._count(name, _shown(value), row.label, 1, row.where)
 
     def _count(self, name: str, shown: str, label: bool, count: int, where: str) -> None:
         counts = self.seen.setdefault(name, Counter())
@@ -97,7 +107,7 @@ class Contradictions:
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
         there = sorted(
-            (name for name in self.seen if name in unused or _OF_MESSAGES in name),
+            (name for name in self.seen if name in unused),
             key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
         )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]

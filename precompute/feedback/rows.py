@@ -196,7 +196,8 @@ class Feedback:
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
-        return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
+        unread = ((name, count) for name, count in self._used.beside.items() if name not in self._fields.read)
+        return [name for name, _ in sorted(unread, key=lambda one: (-one[1], one[0]))]
 
     def columns_of_messages(self) -> set[str]:
         """Return the columns with a list of messages."""
@@ -325,7 +326,7 @@ class Feedback:
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
         unused = self.unused_columns()
-        contradictions = self._contradictions.in_words(unused)
+        contradictions = self._contradictions.in_words([*unused, *self.unused_beside()])
         notes = [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
         return [printable(note) for note in notes]
 
@@ -400,8 +401,7 @@ class Feedback:
             if self.mapping is None:
                 self._used.look_up(record, where)
                 rows = parse_record(record, where, self._fields)
-                if len(rows) == 1:
-                    self._contradictions.add(record, rows[0].label, where)
+                self._contradictions.add(record, rows)
                 if "instruction" in record and names_no_value(record.get("input")):  # a part of the user's message
                     self._missing_inputs.add(where)
                 yield from rows

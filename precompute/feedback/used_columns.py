@@ -16,7 +16,6 @@ from offline_kto.kto_core.feedback.columns import (
     FeedbackFields,
     read_in_form,
 )
-from offline_kto.kto_core.feedback.judged_messages import JUDGED_KEYS
 from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
@@ -33,6 +32,7 @@ from offline_kto.precompute.feedback.context_keys import (
     unread_context,
     unusual,
 )
+from offline_kto.precompute.feedback.contradictions import VERDICTS
 
 # Columns with lists of messages that the native formats read.
 _MESSAGES = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, "chosen", "rejected", "history")
@@ -156,7 +156,7 @@ class UsedColumns:
             return frozenset()
         messages = [one for value in texts if isinstance(value, list) for one in unusual(value)]
         items = (item for one in messages if isinstance(one, dict) for item in one.items())
-        return frozenset(key for key, value in items if value or type(value) in (int, float))
+        return frozenset(key for key, value in items if not _says_nothing(key, value))
 
     def _look(self, record: AnyMapping[str, Any], shape: Shape) -> Look:
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
@@ -199,8 +199,8 @@ class UsedColumns:
             self._keys[text] |= keys
 
     def _is_unread(self, key: str) -> bool:
-        """Return whether a key of a message is read neither here nor by the chat template."""
-        if key in MESSAGE_KEYS or key in JUDGED_KEYS or key.startswith("message."):
+        """Return whether a key of a message is read neither here nor by the chat template. Its label may be one of them."""
+        if key in MESSAGE_KEYS or key.startswith("message."):
             return False
         return re.search(rf"\b{re.escape(key)}\b", self._fields.rendered.template) is None
 
@@ -390,7 +390,9 @@ def _in_lists(
 
 def _says_nothing(key: object, value: object) -> bool:
     """Return whether a key of a message says nothing: it is empty, a flag that is not set, or the usual weight."""
-    return value in (None, "", [], {}) or value is False or (key == "weight" and value == 1)
+    if value is False:
+        return key not in VERDICTS
+    return value in (None, "", [], {}) or (key == "weight" and value == 1)
 
 
 def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:
