@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, Scale, is_tie
+from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping_file import mapping_from
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 

@@ -9,9 +9,10 @@ from typing import Final
 
 from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import Scale, has_no_value
+from offline_kto.kto_core.feedback.labels import has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.records.feedback_columns import is_turned_round, is_undesirable, reversed_options
 
 # Columns that say the same as a label, if they are there.

@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError, nearest
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found

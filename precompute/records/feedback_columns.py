@@ -8,9 +8,10 @@ from typing import Any
 
 from offline_kto.kto_core.feedback.columns import CONVERSATIONS
 from offline_kto.kto_core.feedback.exports import opened
-from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
+from offline_kto.kto_core.feedback.labels import has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.records.text_files import Located
 
 # Names of columns with feedback in the exports of tools.
