@@ -1490,6 +1490,12 @@ def test_ratings_off_the_scale_of_a_format(tmp_path):
     message = refusal(as_jsonl(tmp_path, records))
     assert "9, which is not on the scale from 1 to 5" in message
     assert "--up '>=7' --down '<=4'" in message
+    wrong = [{"instruction": "q", "generations": ["a", "b"], "ratings": [5, one]} for one in (1, 45)]
+    message = refusal(as_jsonl(tmp_path, wrong))
+    assert (
+        "45, which is not on the scale from 1 to 5. Correct 45 (1 time): the other ratings are on the scale" in message
+    )
+    assert "--up" not in message
     # All ratings of a record are counted.
     assert "9 (1 time), 2 (1 time). If that is" in refusal(as_jsonl(tmp_path, records[1:2]))
     rows, left_out, _ = read(as_jsonl(tmp_path, records), up=">=7", down="<=4")

@@ -162,6 +162,9 @@ PROPOSALS = [
     (["x" * 100, "good"], ""),
     ([-0.4, 0.3], "--up '>0' --down '<0'"),
     ([0, 55, 100], "--up '>=70' --down '<=40'"),
+    ([0, 1, 2], "--up '>=2' --down '<=0'"),
+    ([1, 1, 1, 2000, 30, 5, 2], "--up '>=2' --down '<2'"),
+    ([1, 1, 1, 2000], "--up '>=2000' --down '<2000'"),
     ([5, 5], ""),
     ([5, "great"], ""),
 ]
@@ -172,6 +175,37 @@ def test_the_proposed_cut_fits_the_values(values, proposal):
     said = Scale(Counter(map(quoted, values))).proposal()
     assert said.startswith(proposal)
     assert bool(said) == bool(proposal)
+
+
+OUTLIERS = [
+    ([*range(1, 11), 85], "--up '>=7' --down '<=4'", "85 (1 time)"),
+    ([*["1", "2", "3", "4", "5"] * 4, "99", "99"], "--up '>=4' --down '<=2'", "99 (2 times)"),
+    ([*[1, 2, 3, 4, 5] * 4, *[-1] * 9], "--up '>=4' --down '<=2'", "-1 (9 times)"),
+    ([*[0, 1] * 5, 99], "--up 1 --down 0", "99 (1 time)"),
+    ([*[0, 1] * 5, -99], "--up 1 --down 0", "-99 (1 time)"),
+    ([*[0.1, 0.5, 0.9] * 9, 20, 50], "", ""),
+    ([*[0.1, 0.5, 0.9] * 20, 20, 50], "--up '>0.5' --down '<0.5'", "20 (1 time), 50 (1 time)"),
+    ([*[1, 2, 3, 4, 5] * 40, 7], "--up '>=4' --down '<=2'", "7 (1 time)"),
+    ([*[1, 2, 3, 4, 5] * 4, 7], "--up '>=7' --down '<=4'", ""),  # perhaps of 1 to 10
+    ([*[0, 10, 20, 5] * 4, 100], "--up '>=70' --down '<=40'", ""),
+    ([1, 9, 85], "--up '>=70' --down '<=40'", ""),
+    ([*[3, 1, 0, 2] * 9, -1], "--up '>0' --down '<0'", ""),  # votes
+    ([*[3, 1, 4, 2] * 9, -1, -2], "--up '>0' --down '<0'", ""),
+]
+
+
+@pytest.mark.parametrize(("values", "proposal", "far"), OUTLIERS)
+def test_an_outlier_does_not_move_the_proposed_cut(values, proposal, far):
+    said = Scale(Counter(map(quoted, values))).proposal()
+    assert said.startswith(proposal)
+    assert ("far from the others" in said) == bool(far)
+    assert f"{far} {'is' if far.count('time') == 1 else 'are'} far" in said or not far
+
+
+def test_an_outlier_contradicts_no_label(tmp_path):
+    ratings = [*[1, 5] * 10, 99]
+    records = [{**one, "label": one["rating"] == 5} for one in rows("rating", ratings)]
+    assert not [note for note in feedback(tmp_path / "f.jsonl", records)[1].notes() if "contradicts" in note]
 
 
 def test_values_are_listed_with_their_counts():

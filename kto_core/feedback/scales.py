@@ -3,8 +3,9 @@
 import json
 import re
 import shlex
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,12 @@ _BETWEEN = re.compile(
     r"|no[ _-]?(?:rating|feedback|vote|answer|opinion)",
     re.IGNORECASE,
 )
+
+
+# Ends of the usual scales of ratings.
+_ENDS = (1, 5, 10, 100)
+# In fewer ratings, nothing is far from the others.
+_MANY = 10
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,31 @@ class Scale:
     def verdict(self, shown: str) -> bool | None:
         """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
         value = _parsed(shown)
-        if number_in(value) is None:
+        number, counts = number_in(value), self._numbers()
+        if number is None:
             return usual_label(value)
-        cut = _cut(sorted({n for text in self.counts if (n := number_in(text.strip('"'))) is not None}))
-        if cut is None or cut.other_way:
+        cut = _cut(counts)
+        if cut is None or cut.other_way or number in _outliers(counts):
             return None
         up, down = matches(value, (cut.up,)), matches(value, (cut.down,))
         return up if up or down else None
+
+    def _numbers(self) -> Counter[float]:
+        """Return the numbers among the values, which may be text."""
+        counts: Counter[float] = Counter()
+        for shown, count in self.counts.items():
+            if (number := number_in(shown.strip('"'))) is not None:
+                counts[number] += count
+        return counts
+
+    def strays(self, least: float, most: float) -> str:
+        """Return the values that are far off a scale on which most values are, with their counts; empty if another scale fits."""
+        counts = self._numbers()
+        off = [number for number in counts if not least <= number <= most]
+        is_other_scale = (
+            any(0 <= number <= 2 * most for number in off) or 2 * sum(counts[n] for n in off) > counts.total()
+        )
+        return _with_counts(counts, off) if off and not is_other_scale else ""
 
     def proposal(self) -> str:
         """Return options that fit the values and can be pasted into a shell; empty if that is not clear."""
@@ -70,7 +95,7 @@ class Scale:
         values = [text for value in shown if (text := _as_option(value)) is not None]
         if len(values) < len(shown):
             return ""
-        numbers = sorted({n for value in values if (n := number_in(value)) is not None})
+        numbers = self._numbers()
         words = [value for value in values if number_in(value) is None]
         if words and numbers:
             return ""
@@ -102,18 +127,61 @@ class _Cut(NamedTuple):
     other_way: bool = False
 
 
-def _proposed_cut(numbers: Sequence[float]) -> str:
-    """Return options for ratings, given in order; empty for a single one."""
-    cut = _cut(numbers)
+def _proposed_cut(counts: Counter[float]) -> str:
+    """Return options for ratings; empty for a single one."""
+    cut = _cut(counts)
     if cut is None:
         return ""
     up, down = _option([cut.up]), _option([cut.down])
     return f"--up {up} --down {down}" + (f" ({cut.note})" if cut.note else "")
 
 
-def _cut(numbers: Sequence[float]) -> _Cut | None:
-    if len(numbers) < 2:
+def _cut(counts: Counter[float]) -> _Cut | None:
+    """Return the cut for ratings, which outliers do not move."""
+    outliers = _outliers(counts)
+    cut = _usual_cut(Counter({number: count for number, count in counts.items() if number not in outliers}))
+    if cut is None or not outliers:
+        return cut
+    far = f"{_with_counts(counts, outliers)} {'is' if len(outliers) == 1 else 'are'} far from the others: correct such ratings first, "
+    far += "or clear them if they mean that nobody rated"
+    return cut._replace(note=f"{cut.note}; {far}" if cut.note else far)
+
+
+def _with_counts(counts: Counter[float], numbers: Collection[float]) -> str:
+    return Scale(Counter({f"{number:g}": counts[number] for number in sorted(numbers)})).in_words()
+
+
+def _outliers(counts: Counter[float]) -> set[float]:
+    """Return ratings that are not on the scale of the others: mistakes such as 85 among 1 to 10, or a code such as -1 or 99."""
+    total = counts.total()
+    below = {number for number in counts if number < 0}
+    rest = Counter({number: count for number, count in counts.items() if number >= 0})
+    if below:
+        is_code = len(below) == 1 and (
+            (0 not in rest and len(rest) >= 3 and max(rest) >= 3)
+            or (len(rest) >= 2 and total >= _MANY and -min(below) > 2 * max(rest))
+        )
+        if not is_code:
+            return set()  # votes, which may be negative
+    for end in _ENDS:
+        above = {number: count for number, count in rest.items() if number > end}
+        if above and len(rest) - len(above) >= 2 and _is_few(above, end, total):
+            return {*above, *below}
+    return below
+
+
+def _is_few(above: Mapping[float, int], end: float, total: int) -> bool:
+    """Return whether the ratings above the end of a scale are so few, or so far away, that no larger scale explains them."""
+    few, is_far = sum(above.values()), min(above) > 2 * end
+    is_code = len(above) == 1 and 100 not in above and total >= _MANY
+    return few <= 0.01 * total or (is_far and (few <= 0.05 * total or is_code))
+
+
+def _usual_cut(counts: Counter[float]) -> _Cut | None:
+    """Return the cut of the smallest usual scale that contains all ratings; else one at their median."""
+    if len(counts) < 2:
         return None
+    numbers = sorted(counts)
     least, most = numbers[0], numbers[-1]
     if set(numbers) <= {-1.0, 0.0, 1.0} and (-1.0 not in numbers or 0.0 not in numbers):
         return _Cut("1", f"{least:g}", "")
@@ -121,13 +189,14 @@ def _cut(numbers: Sequence[float]) -> _Cut | None:
         return _Cut(">0", "<0", "0 is left out")
     if most <= 1:
         return _Cut(">0.5", "<0.5", "0.5 is left out")
-    if list(numbers) == [1, 2]:
+    if numbers == [1, 2]:
         return _Cut("2", "1", "or the other way round", other_way=True)
-    # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
-    for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
+    # Scales: 0 to 2, 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
+    small = (2, 2, 0) if least == 0 and most <= 2 else (3, 3, 1)
+    for end, up, down in (small, (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
         if most <= end:
             return _Cut(f">={up}", f"<={down}", "values between them are left out")
-    middle = numbers[len(numbers) // 2]
+    middle = max(statistics.median_low(counts.elements()), numbers[1])  # of which at least one is below
     return _Cut(f">={middle:g}", f"<{middle:g}", "")
 
 

@@ -114,7 +114,10 @@ class Contradictions:
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]
 
     def _sentence(self, name: str, counts: Counter[tuple[str, bool]]) -> str:
-        scale, key = Scale(Counter({shown: 1 for shown, _ in counts})), name.rpartition(_OF_MESSAGES)[2]
+        values: Counter[str] = Counter()
+        for (shown, _), count in counts.items():
+            values[shown] += count
+        scale, key = Scale(values), name.rpartition(_OF_MESSAGES)[2]
         if len(scale.counts) > _MOST_VALUES:
             return ""
         turned = is_turned_round(key, scale.counts)

@@ -294,6 +294,10 @@ def _unknown_labels(
             f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
             f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
         )
+    if first.rule.scale and (strays := scale.strays(*first.rule.scale)):
+        return FeedbackError(
+            f"{first} Correct {strays}: the other ratings are on the scale. It has {scale.in_words()}."
+        )
     proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
     name = "" if data_format.mapping or usual or config.label_field else f"--label-field {shlex.quote(first.field)} "
