@@ -1999,6 +1999,17 @@ def test_votes_of_the_record_beside_labels_of_its_messages_are_refused(tmp_path,
     assert options in message
 
 
+def test_a_judged_message_of_an_unknown_role_is_explained(tmp_path):
+    turns = [user("q"), {"role": "chatModel", "content": "a", "thumbs": "up"}]
+    message = refusal(as_jsonl(tmp_path, [{"messages": turns}]))
+    assert (
+        'has a label, but is not an answer of the assistant to a message. Its role, "chatModel", is not a known one'
+        in message
+    )
+    turns = [user("q"), {**user("a"), "thumbs": "up"}]
+    assert "Its role" not in refusal(as_jsonl(tmp_path, [{"messages": turns}]))
+
+
 def test_a_label_beside_a_label_of_each_answer_is_refused(tmp_path):
     turns = [user("q"), assistant("a"), user("r"), assistant("b")]
     record = {"messages": turns, "labels": [True, False], "label": True}
@@ -2087,3 +2098,10 @@ def test_a_label_whose_name_is_that_of_what_is_bad_is_refused_on_every_route(tmp
 )
 def test_other_names_are_labels(tmp_path, record, options):
     assert read(as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)[0] == [up("q", "a")]
+
+
+def test_messages_of_flowise_without_the_kind_of_their_memory(tmp_path):
+    turns = [{"content": "q", "role": "userMessage", "time": "1"}]
+    turns.append({"content": "a", "role": "apiMessage", "time": "2", "feedback": "Helpful"})
+    message = refusal(as_json(tmp_path, [{"source": "UI", "sessionId": "s", "messages": turns}]))
+    assert "Flowise messages: this export contains the comment of a feedback" in message

@@ -619,3 +619,40 @@ def test_a_field_named_like_a_rating_is_unclear_if_it_is_always_1(name: str, is_
     assert (rule.unclear_rating() == name) is is_unclear
     assert not rule.verdict(0, "f.jsonl:2", name)
     assert rule.unclear_rating() is None
+
+
+def test_names_with_commas_are_objectives(tmp_path):
+    records = [
+        {
+            "prompt": f"p{n}",
+            "completion": "c",
+            "helpful": n > 0,
+            "is-polite": n > 1,
+            "toxic": n == 1,
+            "quality": n,
+            "spam": n,
+        }
+        for n in range(3)
+    ]
+    path = tmp_path / "f.jsonl"
+    labels, found = feedback(path, records, label_field="helpful,is-polite")
+    assert labels == [False, True, True]
+    assert found.unused_columns() == ["toxic", "quality", "spam"]
+    message = refusal(path, records, label_field="helpful,toxic")
+    assert "one of the labels is 'toxic', which seems to name what is undesirable" in message
+    for option in ({"rating_scale": "0:5"}, {"rating_threshold": "2"}):
+        for name in ("quality,spam", "{good: quality, safe: spam}", "{harm: quality, other: quality}"):
+            assert "one of the labels is '" in refusal(path, records, label_field=name, **option)
+    assert 'nothing at "{x: x, y: y}"' in refusal(path, records, label_field="x,y")
+
+
+@pytest.mark.parametrize("name", ["helpful,plite", "{one: helpful, other: plite}"])
+def test_an_objective_that_no_record_has_is_refused(tmp_path, name):
+    records = [{"prompt": f"p{n}", "completion": "c", "helpful": n > 0, "polite": n > 1} for n in range(3)]
+    message = refusal(tmp_path / "f.jsonl", records, label_field=name)
+    assert """--label-field: no record has a value at "plite". Did you mean 'polite'?""" in message
+
+
+def test_a_column_whose_name_has_a_comma_is_read(tmp_path):
+    for name in ("Good, or bad", "good, bad"):
+        assert feedback(tmp_path / "f.jsonl", rows(name, [1, 0]), label_field=name)[0] == [True, False]

@@ -14,7 +14,7 @@ from offline_kto.kto_core.feedback.judging import SEVERAL, Reading, judge, names
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
-from offline_kto.kto_core.feedback.messages import Message, as_conversation
+from offline_kto.kto_core.feedback.messages import ROLES, Message, as_conversation
 from offline_kto.kto_core.feedback.quoting import quoted
 
 # Keys of a message that are its label. A score beside a label of the record may be something else, such as a similarity.
@@ -160,9 +160,15 @@ def _rows(
         before = as_conversation(turns[:number], where, name) if number else ()
         judged = as_conversation([_without(turns[number], keys)], where, name)
         prompt = with_system(tuple(_without(one, keys) for one in before), present, where)
-        if not prompt or judged[-1]["role"] != "assistant":
+        role = judged[-1]["role"]
+        if not prompt or role != "assistant":
+            unknown_role = (
+                f' Its role, {quoted(role)}, is not a known one: if it is the model\'s, write "assistant" in its place, or name it under '
+                "`roles` of `turns` in a mapping (--map FILE)."
+            )
             raise FeedbackError(
                 f"{where}: message {number + 1} of '{name}' has a label, but is not an answer of the assistant to a message."
+                f"{'' if role in ROLES.values() else unknown_role}"
             )
         check_completion(judged, where, name)
         assert not isinstance(prompt, str)

@@ -23,7 +23,7 @@ from offline_kto.kto_core.feedback.left_out import (
     OneCountLeftOut,
 )
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
-from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.paths import label_path, option_path
 from offline_kto.kto_core.feedback.presets import presets, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, nested_too_deeply, parse_record
@@ -98,7 +98,7 @@ class Feedback:
         self._fields = FeedbackFields(
             prompt=None if self.mapping else _path(config.prompt_field, "--prompt-field"),
             completion=None if self.mapping else _path(config.completion_field, "--completion-field"),
-            label=None if self.mapping else _path(config.label_field, "--label-field"),
+            label=None if self.mapping or config.label_field is None else label_path(config.label_field),
             weight=None if self.mapping else _path(config.weight_field, "--weight-field"),
             rule=LabelRule() if self.mapping else self._format.rule,
             chat=has_template and chat != "never",
@@ -291,6 +291,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if (missing := next(iter(self._used.missing_objectives()), None)) is not None:
+            raise self._nothing_at(missing)
         if self._is_own_label and (error := turned_round(config, self.label_rule)) is not None:
             raise error
         if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
@@ -309,8 +311,9 @@ class Feedback:
     def _nowhere(self) -> FeedbackError | None:
         """Return the error about a path of the weight or of the votes that no record has; None without one."""
         path = next(iter(self._used.nowhere()), None)
-        if path is None:
-            return None
+        return None if path is None else self._nothing_at(path)
+
+    def _nothing_at(self, path: JMESPath) -> FeedbackError:
         last = path.text.rpartition(".")[2].strip('"')
         return FeedbackError(
             f"{self._config.data}: {path.source}: no record has a value at {quoted(path.text)}."

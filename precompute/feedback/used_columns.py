@@ -41,7 +41,7 @@ _OF_MESSAGES = tuple(f"{name}[]" for name in _MESSAGES)
 
 # A path that makes an object of two plain paths.
 _OBJECT = re.compile(r"\{[^{}\[\]()]*\}")
-_MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
+_MEMBER = re.compile(r"""(\w+|"[^"]*")\s*:\s*([^,{}]+?)\s*(?=[,}])""")
 
 # Records that are looked at even if their keys are those of an earlier one: later ones only if a name in them is new.
 _LOOKED_AT = 1000
@@ -117,7 +117,9 @@ class UsedColumns:
         if mapping is not None:
             weight, self._votes = mapping.weight, [] if self._label is None else _votes_in(self._label)
         self._weight = [] if weight is None else [weight]
-        self._needed = [*self._weight, *(path for pair in self._votes for path in pair)]
+        option = fields.label if mapping is None else None if self._label is None else self._label.path
+        self._objectives = [] if option is None or any(self._votes) else [*_members_of(option).values()]
+        self._needed = [*self._weight, *(path for pair in self._votes for path in pair), *self._objectives]
         self._unmatched = [*self._needed] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self._of_mapping = [*self._unmatched] if mapping is not None else []
         self._unmatched += [path for path in self._needed if path not in self._unmatched]
@@ -232,6 +234,11 @@ class UsedColumns:
         of_votes = [paths[0] for paths in missing if len(paths) == 1]
         return [*(path for path in self._weight if path in self._unmatched), *of_votes]
 
+    def missing_objectives(self) -> list[Path]:
+        """Return the paths of objectives, as --label-field names them, that have no value in any record although others have one."""
+        missing = [path for path in self._objectives if path in self._unmatched]
+        return missing if len(missing) < len(self._objectives) else []
+
     def keys_beside(self, path: Path) -> list[str]:
         """Return the keys that records have where such a path has none."""
         return sorted(self._keys[path.text])
@@ -316,10 +323,14 @@ def _votes_in(label: LabelPaths) -> list[list[Path]]:
 
 def _counts_at(label: Path) -> list[Path]:
     """Return the paths of both numbers in a path such as `{up: UpVotes, down: DownVotes}`; empty for any other."""
+    found = _members_of(label)
+    return [*found.values()] if tuple(found) in (*COUNTS, *(names[::-1] for names in COUNTS)) else []
+
+
+def _members_of(label: Path) -> dict[str, Path]:
+    """Return the paths in one that makes an object of plain paths, by their names; empty for any other."""
     found = dict(_MEMBER.findall(label.text)) if _OBJECT.fullmatch(label.text.strip()) else {}
-    if tuple(found) not in (*COUNTS, *(names[::-1] for names in COUNTS)):
-        return []
-    return [option_path(text, label.source) for text in found.values()]
+    return {name: option_path(text, label.source) for name, text in found.items()}
 
 
 def _parent(path: Path) -> Route:

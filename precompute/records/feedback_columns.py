@@ -40,6 +40,8 @@ _DENIED = re.compile(
 )
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
+# An expression with a name and a path for each objective.
+_OBJECTIVES = re.compile(r"(?:[^{}]*\.)?\{([^{}]*)\}")
 # Parts of an expression that find the object of a name: [?name=='toxicity'] | [0].
 _BY_NAME = re.compile(r"""\[\?\s*\w+\s*==\s*[`'"]+([^`'"]*)[`'"]+\s*\](?:\s*\|\s*(?=\[))?""")
 # Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
@@ -116,6 +118,14 @@ def plain_path(path: str) -> str:
     """Return a path that only names a value, or finds it by its name in a list or an object; empty for any other expression."""
     found = _BY_NAME.sub(r".\1", path.rpartition("}.")[2])
     return found if _PLAIN_PATH.fullmatch(found) is not None else ""
+
+
+def names_in(path: str) -> list[str]:
+    """Return the names in an option for labels: one, or those of several objectives, with their paths."""
+    members = _OBJECTIVES.fullmatch(path.strip())
+    if members is None:
+        return [plain_path(one) for one in path.split(",")]
+    return [plain_path(name.strip()) for member in members[1].split(",") for name in member.split(":")]
 
 
 def is_turned_round(path: str, values: Iterable[str]) -> bool:
