@@ -934,7 +934,7 @@ def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
 def test_a_verdict_that_is_unknown_is_named_by_its_column(tmp_path, name):
     records = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in (1, 2)]
     message = refusal(as_jsonl(tmp_path, records))
-    assert f"f.jsonl:1: '{name}' is 1, which is neither up nor down." in message
+    assert f"f.jsonl:1: '{name}' is 1, which names neither answer. '{name}' has 1 (1 time), 2 (1 time)." in message
     assert "||" not in message
 
 
@@ -955,6 +955,9 @@ def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
         ("deleted", [True, False], 1),
         ("deleted", [False, False], 0),
         ("error", ["", None], 0),
+        ("exception", ["Traceback", None], 1),
+        ("error_message", ["timeout", "none"], 1),
+        ("level", ["ERROR", "DEFAULT"], 1),
     ],
 )
 def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
@@ -2105,3 +2108,41 @@ def test_messages_of_flowise_without_the_kind_of_their_memory(tmp_path):
     turns.append({"content": "a", "role": "apiMessage", "time": "2", "feedback": "Helpful"})
     message = refusal(as_json(tmp_path, [{"source": "UI", "sessionId": "s", "messages": turns}]))
     assert "Flowise messages: this export contains the comment of a feedback" in message
+
+
+@pytest.mark.parametrize(
+    ("printed", "as_json"),
+    [
+        ("[True, False]", "Write JSON: [true, false]"),
+        ("[None, 1]", "Write JSON: [null, 1]"),
+        ("(1, 0)", "Write JSON: [1, 0]"),
+        ("[1 0 1]", "Write JSON (json.dumps"),
+        ("[ True False]", "Write JSON (json.dumps"),
+        ("['up', 'down']", 'Write JSON: ["up", "down"]'),
+    ],
+)
+def test_votes_as_python_prints_them_are_not_unrated(tmp_path, printed, as_json):
+    records = [
+        {"prompt": "q", "completion": "a", "labels": [1, 1]},
+        {"prompt": "r", "completion": "b", "labels": printed},
+    ]
+    message = refusal(as_csv(tmp_path, records))
+    assert f"f.csv:3: 'labels' is {json.dumps(printed)}, as Python prints it. {as_json}" in message
+    assert len(read(as_csv(tmp_path, records[:1]))[0]) == 1
+
+
+def test_columns_and_corrections_of_langfuse_are_no_scores(tmp_path):
+    trace = {
+        "id": "t",
+        "timestamp": "2025",
+        "name": "chat",
+        "input": "q",
+        "output": "a",
+        "metadata": {},
+        "internal_model_id": "m",
+    }
+    columns = {"total_cost": 1, "html_path": "/x", "tokens_per_second": 3, "user-feedback": [1]}
+    assert read(as_jsonl(tmp_path, [{**trace, **columns}]))[0] == [up("q", "a")]
+    scores = [{"name": "user-feedback", "value": 0, "dataType": "NUMERIC"}]
+    corrected = {"name": "output", "stringValue": "b", "value": 0, "dataType": "CORRECTION"}
+    assert read(as_jsonl(tmp_path, [{**trace, "scores": [*scores, corrected]}]))[0] == [down("q", "a")]

@@ -137,7 +137,7 @@ def own_scores(record: object) -> list[dict[str, object]]:
     return [
         {"name": one["name"], "value": one.get("stringValue") or one.get("string_value") or one.get("value")}
         for one in scores
-        if one not in others
+        if one not in others and "CORRECTION" not in (one.get("dataType"), one.get("data_type"))
     ]
 
 

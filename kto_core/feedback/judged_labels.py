@@ -6,12 +6,13 @@ from functools import partial
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import LABELS, FeedbackFields, columns_in_words
-from offline_kto.kto_core.feedback.exports import is_printed, opened
+from offline_kto.kto_core.feedback.exports import opened
 from offline_kto.kto_core.feedback.judging import (
     SEVERAL,
     WEIGHT,
     Reading,
     counted_votes,
+    is_printed_label,
     judge,
     names_of_counts,
     one_count,
@@ -31,7 +32,7 @@ def is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields
     if not all(has_no_value(present.get(name)) for name in (*LABELS, "rating")):
         return False
     several = opened(present.get(SEVERAL))
-    return not names_of_counts(present) and not isinstance(several, list | dict) and not is_printed(several)
+    return not names_of_counts(present) and not isinstance(several, list | dict) and not is_printed_label(several)
 
 
 def judged_row(
@@ -71,7 +72,7 @@ def _judged(record: Mapping[str, object], present: Mapping[str, object], where: 
         fields.compared.update(name for name in names if name in present)
     if SEVERAL in present or names_of_counts(record):
         several = opened(present.get(SEVERAL))
-        if isinstance(several, list | tuple | dict) or is_printed(several) or names_of_counts(record):
+        if isinstance(several, list | tuple | dict) or is_printed_label(several) or names_of_counts(record):
             return _detailed(record, present, several, names, where, fields)
     labels = {name: judge(rule, present[name], where, name, one=True) for name in names if name in present}
     if len(labels) > 1 and len({one.label for one in labels.values()}) > 1:
@@ -142,7 +143,7 @@ def _detailed(
         add("' and '".join(counts), partial(counted_votes, rule, record, where))
     objectives: Reading | None = None
     split: dict[str, LeftOut] = {}
-    if isinstance(several, list | tuple | dict) or is_printed(several):
+    if isinstance(several, list | tuple | dict) or is_printed_label(several):
         fields.read.add(SEVERAL)
         try:
             add(SEVERAL, partial(judge, rule, several, where, SEVERAL))

@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ _ALL_COUNTS = frozenset(name for names in COUNTS for name in names)
 # A larger number of votes, or a larger weight, is a mistake.
 _MOST = 2.0**53
 _LONGEST_NAME = 200
+# A list of labels that is not JSON.
+_PRINTED = re.compile(r"\s*[\[(]\s*(?:(?:True|False|None|nan|[+-]?[\d.]+)(?:\s*,\s*|\s+|(?=[\])])))+[\])]\s*")
 # Characters of a printed value that a message writes as JSON.
 _LONGEST_PRINTED = 200
 
@@ -106,7 +109,7 @@ def judge(rule: LabelRule, value: object, where: str, field: str, *, one: bool =
     if isinstance(value, Reading):
         return value
     value = opened(value)
-    if is_printed(value):
+    if is_printed_label(value):
         raise FeedbackError(f"{where}: '{field}' is {quoted(value)}, as Python prints it. {_as_json(str(value))}")
     if isinstance(value, Mapping) and value and _counts_in(value) is None:
         if one:
@@ -220,6 +223,11 @@ def check_objective(name: object, where: str) -> None:
             f"{where}: {quoted(name)} cannot be the name of an objective. Use printable text without '=', ',' and spaces at "
             "its ends."
         )
+
+
+def is_printed_label(value: object) -> bool:
+    """Return whether a text is a list or an object of labels as Python or NumPy prints it: "[True, None]", "(1, 0)", "[1 0]"."""
+    return is_printed(value) or (isinstance(value, str) and _PRINTED.fullmatch(value) is not None)
 
 
 def _masses(rule: LabelRule, value: object, where: str, field: str) -> tuple[Masses, Ballots]:

@@ -86,6 +86,12 @@ class UnknownLabelError(FeedbackError):
             return self
         return UnknownLabelError(str(self).replace(f"'{self.field}'", f"'{field}'", 1), field, self.rule)
 
+    def of_pair(self) -> "UnknownLabelError":
+        """Return the error about a value that should name the better one of two answers."""
+        return UnknownLabelError(
+            str(self).replace("is neither up nor down", "names neither answer"), self.field, self.rule
+        )
+
 
 @dataclass(frozen=True)
 class LabelRule:

@@ -88,7 +88,7 @@ class PairPaths:
         except UnknownLabelError as error:
             if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
-            raise error.about(better.read_key(data)) from None
+            raise error.of_pair().about(better.read_key(data)) from None
 
 
 @dataclass(frozen=True)

@@ -299,8 +299,8 @@ def _unknown_labels(
     if data_format.mapping is not None and data_format.mapping.pair is not None:  # which has no --up and --down
         up, down = (quoted(list(values), 100) for values in (first.rule.up, first.rule.down))
         return FeedbackError(
-            f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
-            f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+            f"{first} '{first.field}' has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of "
+            f"{up}, the second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
         )
     if first.rule.scale and (strays := scale.strays(*first.rule.scale)):
         return FeedbackError(
@@ -321,8 +321,6 @@ def _unknown_labels(
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}. A mapping (--map FILE) leaves out all others with `else: leave-out`."
     )
-    if data_format.mapping is not None and data_format.mapping.pair is not None:
-        advice = "Name these values under a_when and b_when of the pair in a mapping (--map FILE)."
     skip = (
         " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
         if config.on_bad_row == "skip"

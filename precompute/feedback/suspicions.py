@@ -45,7 +45,8 @@ FAILURES: Final = {
     "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled")),
     "finish_reason": frozenset(("length", "content_filter", "error")),
     "stop_reason": frozenset(("length", "max_tokens", "content_filter", "error")),
-    **dict.fromkeys(("error", "deleted", "is_deleted"), frozenset[str]()),
+    "level": frozenset(("error",)),
+    **dict.fromkeys(("error", "error_message", "exception", "traceback", "deleted", "is_deleted"), frozenset[str]()),
 }
 
 
