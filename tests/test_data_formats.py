@@ -2146,3 +2146,27 @@ def test_columns_and_corrections_of_langfuse_are_no_scores(tmp_path):
     scores = [{"name": "user-feedback", "value": 0, "dataType": "NUMERIC"}]
     corrected = {"name": "output", "stringValue": "b", "value": 0, "dataType": "CORRECTION"}
     assert read(as_jsonl(tmp_path, [{**trace, "scores": [*scores, corrected]}]))[0] == [down("q", "a")]
+
+
+def test_turns_of_question_and_answer_are_judged(tmp_path):
+    turns = [{"human": "q", "assistant": "a", "label": True}, {"human": "r", "assistant": "b", "label": False}]
+    rows = [up("q", "a"), down("q", "a", "r", "b")]
+    assert read(as_jsonl(tmp_path, [{"conversation": turns}]))[0] == rows
+    plain = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
+    assert read(as_jsonl(tmp_path, [{"conversation": plain, "labels": [1, 0]}]))[0] == rows
+
+
+def test_a_vote_on_the_message_of_the_answer_is_compared(tmp_path):
+    asked = [user("p"), {**assistant("x"), "rating": 5}, user("q")]
+    records = [
+        {"prompt": asked, "completion": [{**assistant("a"), "rating": rating}], "label": label}
+        for rating, label in ((1, True), (5, False))
+    ]
+    (note,) = [note for note in read(as_jsonl(tmp_path, records))[2].notes() if "contradicts" in note]
+    assert note.startswith("'completion[].rating' contradicts the label that was read in 2 of 2 rows")
+
+
+@pytest.mark.parametrize("name", ["winner", "preference"])
+def test_a_verdict_for_the_rejected_side_is_refused(tmp_path, name):
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", name: "Rejected"}
+    assert f"'{name}' is \"Rejected\", so 'rejected' is better than 'chosen'" in refusal(as_jsonl(tmp_path, [record]))

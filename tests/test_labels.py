@@ -656,3 +656,56 @@ def test_an_objective_that_no_record_has_is_refused(tmp_path, name):
 def test_a_column_whose_name_has_a_comma_is_read(tmp_path):
     for name in ("Good, or bad", "good, bad"):
         assert feedback(tmp_path / "f.jsonl", rows(name, [1, 0]), label_field=name)[0] == [True, False]
+
+
+def test_an_empty_label_beside_a_kto_tag_is_no_label(tmp_path):
+    values = [("", True), (None, "false"), ("yes", "n/a"), ("", "")]
+    records = [{**one, "kto_tag": tag} for one, (_, tag) in zip(rows("label", values), values, strict=True)]
+    records = [{**one, "label": label} for one, (label, _) in zip(records, values, strict=True)]
+    labels, found = feedback(tmp_path / "f.jsonl", records)
+    assert labels == [True, False, True]
+    assert found.found.left_out.counts == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_vote_in_an_object_that_contradicts_the_label_is_named(tmp_path, as_text):
+    given = [{"score": 0, "comment": "wrong"}, {"score": 1}, {"score": 0}]
+    records = rows("feedback", [json.dumps(one) if as_text else one for one in given])
+    found = feedback(tmp_path / "f.jsonl", [{**one, "label": number == 0} for number, one in enumerate(records)])[1]
+    (note,) = [note for note in found.notes() if "contradicts" in note]
+    assert note.startswith(
+        "'feedback.score' contradicts the label that was read in 2 of 3 rows (first: f.jsonl:1: desirable"
+    )
+    assert "pass --label-field feedback.score" in note
+
+
+def test_counts_of_votes_in_several_columns_must_agree(tmp_path):
+    records = [{**one, "down": 1, "upvotes": one["up"], "downvotes": 1} for one in rows("up", [3, 0])]
+    assert feedback(tmp_path / "f.jsonl", records)[0] == [True, False]
+    message = refusal(tmp_path / "f.jsonl", [*records, {**records[0], "upvotes": 0}])
+    assert "f.jsonl:3: 'up' and 'down' are 3 and 1, but 'upvotes' and 'downvotes' are 0 and 1" in message
+    assert feedback(tmp_path / "f.jsonl", records, label_field="{up: up, down: down}")[0] == [True, False]
+
+
+def test_columns_that_count_votes_contradict_nothing_alone(tmp_path):
+    records = [{**one, "label": True} for one in rows("downvotes", [1, 0])]
+    found = feedback(tmp_path / "f.jsonl", records, label_field="label", one_class=True)[1]
+    assert not [note for note in found.notes() if "contradicts" in note]
+
+
+def test_votes_that_are_objects_are_explained(tmp_path):
+    votes = [[{"who": "a", "label": 1}, {"who": "b", "label": 0}], [{"who": "a", "label": 0}]]
+    records = rows("labels", votes)
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "Name what is the vote in them: --label-field 'labels[].label'." in message
+    assert feedback(tmp_path / "f.jsonl", records, label_field="labels[].label")[0] == [True, False]
+    records = rows("votes", [[{"user": "a", "value": 1}], [{"user": "b", "value": -1}]])
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "votes[].value: 1 (1 time), -1 (1 time); pass --label-field 'votes[].value' --up 1 --down -1" in message
+
+
+@pytest.mark.parametrize("column", ["withdrawn", "retracted", "deleted_at"])
+def test_votes_that_were_withdrawn_are_named(tmp_path, column):
+    records = [{**one, column: value} for one, value in zip(rows("label", [1, 0]), ("2025-01-01", None), strict=True)]
+    notes = feedback(tmp_path / "f.jsonl", records)[1].notes()
+    assert len([note for note in notes if f"'{column}' suggests that the answer failed" in note]) == 1

@@ -74,7 +74,9 @@ def _judged(record: Mapping[str, object], present: Mapping[str, object], where: 
         several = opened(present.get(SEVERAL))
         if isinstance(several, list | tuple | dict) or is_printed_label(several) or names_of_counts(record):
             return _detailed(record, present, several, names, where, fields)
-    labels = {name: judge(rule, present[name], where, name, one=True) for name in names if name in present}
+    there = [name for name in names if name in present]
+    rated = [name for name in there if not has_no_value(present[name])] or there
+    labels = {name: judge(rule, present[name], where, name, one=True) for name in rated}
     if len(labels) > 1 and len({one.label for one in labels.values()}) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
     if labels:

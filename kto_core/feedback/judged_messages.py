@@ -159,6 +159,8 @@ def _rows(
             continue
         before = as_conversation(turns[:number], where, name) if number else ()
         judged = as_conversation([_without(turns[number], keys)], where, name)
+        asked = 0 if len(judged) == 1 else next((i for i, one in enumerate(judged) if one["role"] == "assistant"), 0)
+        before, judged = (*before, *judged[:asked]), judged[asked:]  # a turn may have the question as well
         prompt = with_system(tuple(_without(one, keys) for one in before), present, where)
         role = judged[-1]["role"]
         if not prompt or role != "assistant":

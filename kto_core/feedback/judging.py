@@ -36,6 +36,8 @@ COUNTS = (("up", "down"), ("upvotes", "downvotes"), ("votes_up", "votes_down"))
 # The column with the labels of several raters, or with an object that has a label for each objective.
 SEVERAL = "labels"
 WEIGHT = "weight"
+# Keys of an object that is one vote.
+_VOTE_KEYS = ("label", "vote", "rating", "score", "value", "thumbs", "thumb", "reaction", "feedback")
 _FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
 _ALL_COUNTS = frozenset(name for names in COUNTS for name in names)
 # A larger number of votes, or a larger weight, is a mistake.
@@ -129,8 +131,24 @@ def counted_votes(rule: LabelRule, record: Mapping[str, object], where: str) -> 
     names = _counts_in(record)
     if names is None or all(has_no_value(record[name]) for name in names):
         return None
+    for other in COUNTS:
+        if other != names and all(name in record and not has_no_value(record[name]) for name in other):
+            _check_same_counts(record, names, other, where)
     masses, ballots = _of_counts(rule, record, names, where, "")
     return Reading(Judgement(masses), {"": ballots} if ballots else {})
+
+
+def _check_same_counts(
+    record: Mapping[str, object], names: tuple[str, str], other: tuple[str, str], where: str
+) -> None:
+    if [number_in(record[name]) for name in names] != [number_in(record[name]) for name in other]:
+        shown = [
+            f"'{up}' and '{down}' are {quoted(record[up])} and {quoted(record[down])}" for up, down in (names, other)
+        ]
+        raise FeedbackError(
+            f"{where}: {', but '.join(shown)}. Name those to read with --label-field '{{up: {names[0]}, down: {names[1]}}}', "
+            "or correct them."
+        )
 
 
 def names_of_counts(record: Mapping[str, object]) -> tuple[str, ...]:
@@ -280,6 +298,11 @@ def _of_raters(rule: LabelRule, values: Sequence[object], where: str, field: str
     rated = [one for one in values if not has_no_value(one)]
     if not rated:
         raise LeftOut(UNRATED)
+    if (vote := next((one for one in rated if isinstance(one, Mapping)), None)) is not None:
+        key = next((name for name in _VOTE_KEYS if not has_no_value(vote.get(name))), "KEY")
+        raise FeedbackError(
+            f"{where}: '{field}' is a list of objects, {quoted(vote)}. Name what is the vote in them: --label-field '{field}[].{key}'."
+        )
     shares: list[float] = []
     between: LeftOut | None = None
     unknown: list[UnknownLabelError] = []

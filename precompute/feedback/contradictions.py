@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from offline_kto.kto_core.feedback.columns import CONVERSATIONS
+from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS
 from offline_kto.kto_core.feedback.exports import opened
+from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.labels import has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow
@@ -27,6 +28,8 @@ _SIMILAR: Final = re.compile(
     r"approved|safe|useful)|correct|valid|helpful|accepted|approved|passed|preferred)(?![a-z])",
     re.IGNORECASE,
 )
+# Columns that count votes, which say nothing alone.
+_COUNTS: Final = frozenset(name for names in COUNTS for name in names)
 _IDENTIFIES: Final = re.compile(r"[_.-](?:ids?|date|at|time|timestamp|by|counts?|reason|type|source)$", re.IGNORECASE)
 _OF_MESSAGES: Final = "[]."
 # Numbers with more different values are no scale on which a middle is known.
@@ -38,8 +41,8 @@ _shown = functools.lru_cache(maxsize=4096, typed=True)(quoted)
 @functools.lru_cache(maxsize=4096)
 def is_verdict(name: str) -> bool:
     """Return whether a column's name is that of a verdict, also of one on what is undesirable."""
-    if name in VERDICTS:
-        return True
+    if name in VERDICTS or name in _COUNTS:
+        return name in VERDICTS
     return (_SIMILAR.search(name) is not None or is_undesirable(name)) and _IDENTIFIES.search(name) is None
 
 
@@ -50,12 +53,22 @@ def _verdicts_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _verdicts_in(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Yield the columns that look like a verdict."""
-    return ((name, record[name]) for name in _verdicts_among(tuple(record)))
+    for name in _verdicts_among(tuple(record)):
+        value = opened(record[name])
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", value[key]) for key in _verdicts_among(tuple(value)))
+        else:
+            yield name, value
 
 
 def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[tuple[str, object]]:
-    """Yield the keys of a message that look like a verdict, as "messages[].user_feedback"."""
-    for column in CONVERSATIONS:
+    """Yield the keys of a message that look like a verdict, as "messages[].user_feedback".
+
+    Args:
+        number: of the message in its conversation; -1 for the last one, of the answer's own column if there is one.
+    """
+    has_answer = number == -1 and any(record.get(name) is not None for name in COMPLETIONS)
+    for column in COMPLETIONS if has_answer else CONVERSATIONS:
         turns = opened(record.get(column))
         judged = turns[number] if isinstance(turns, list | tuple) and number < len(turns) and turns else None
         if isinstance(judged, Mapping):
@@ -108,7 +121,7 @@ class Contradictions:
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
         there = sorted(
-            (name for name in self.seen if name in unused),
+            (name for name in self.seen if name in unused or name.rpartition(".")[0] in unused),
             key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
         )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]

@@ -58,6 +58,8 @@ _OPPOSITES = (
         ("Likes", "Dislikes"),
     ),
 )
+# Keys of a vote that belongs to one message of several.
+_OF_A_TURN = re.compile("message|turn|index|step|run", re.IGNORECASE)
 _MOST_RECORDS = 10_000
 _MOST_COLUMNS = 8
 # A text column with more different values is not a scale.
@@ -171,6 +173,10 @@ def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) ->
         if isinstance(value, Mapping) and depth > 1:
             inside = _values(value, f"{path}.", depth - 1)
             yield from ((name, one) for name, one in inside)
+        elif isinstance(value, list) and depth > 1 and _NAMES.search(key):  # of several raters
+            for vote in value:
+                if isinstance(vote, Mapping) and not any(map(_OF_A_TURN.search, vote)):
+                    yield from _values(vote, f"{path}[].", 1)
         elif has_no_value(value) or isinstance(value, list | Mapping):
             continue
         elif isinstance(value, bool) or _NAMES.search(key) or (_NAMES.search(path) and _is_mark(value)):
