@@ -709,3 +709,12 @@ def test_votes_that_were_withdrawn_are_named(tmp_path, column):
     records = [{**one, column: value} for one, value in zip(rows("label", [1, 0]), ("2025-01-01", None), strict=True)]
     notes = feedback(tmp_path / "f.jsonl", records)[1].notes()
     assert len([note for note in notes if f"'{column}' suggests that the answer failed" in note]) == 1
+
+
+@pytest.mark.parametrize("value", ["up, down, up", "up", "yes|no", 1, True])
+def test_votes_in_a_text_of_several_labels_are_not_unrated(tmp_path, value):
+    records = [*rows("labels", [value]), *rows("label", [True, False])]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert f"f.jsonl:1: 'labels' is {json.dumps(value)}, which is no list and no object" in message
+    labels, found = feedback(tmp_path / "f.jsonl", [*rows("labels", ["travel, food"]), *records[1:]])
+    assert (labels, found.found.left_out.counts) == ([True, False], {UNRATED: 1})

@@ -1,6 +1,7 @@
 """Read the label of a record in a native format: one label, votes, ratings of a scale or several objectives, and the weight."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -19,10 +20,13 @@ from offline_kto.kto_core.feedback.judging import (
     weight_in,
     with_value,
 )
-from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
+from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut, ObjectivesLeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.judgements import Judgement
+
+# What separates the votes of several raters in a text.
+_SEPARATOR = re.compile(r"\s*[,;|/]\s*")
 
 
 def is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
@@ -88,8 +92,19 @@ def _judged(record: Mapping[str, object], present: Mapping[str, object], where: 
         if names[0] in record:
             message += f" To leave out records without a label, pass --label-field {names[0]}."
         raise UnknownLabelError(message, "rating", fields.ratings)
+    _check_is_no_vote(present.get(SEVERAL), where)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")
+
+
+def _check_is_no_vote(several: object, where: str) -> None:
+    """Refuse a text or a number in the column of several labels that is a vote, or several of them, as "up, down" is."""
+    parts = _SEPARATOR.split(several.strip()) if isinstance(several, str) else [several]
+    if several is not None and all(usual_label(part) is not None for part in parts):
+        raise FeedbackError(
+            f"{where}: '{SEVERAL}' is {quoted(several)}, which is no list and no object. Write a list with a label of each rater as JSON; "
+            f"if it is one label, pass --label-field {SEVERAL}, or call the column 'label'."
+        )
 
 
 def row_weight(record: Mapping[str, object], where: str, fields: FeedbackFields) -> float | None:
