@@ -934,7 +934,7 @@ def test_a_verdict_that_is_neither_side_nor_a_tie_is_refused(tmp_path):
 def test_a_verdict_that_is_unknown_is_named_by_its_column(tmp_path, name):
     records = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in (1, 2)]
     message = refusal(as_jsonl(tmp_path, records))
-    assert f"f.jsonl:1: '{name}' is 1, which is neither up nor down." in message
+    assert f"f.jsonl:1: '{name}' is 1, which names neither answer. '{name}' has 1 (1 time), 2 (1 time)." in message
     assert "||" not in message
 
 
@@ -955,6 +955,9 @@ def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
         ("deleted", [True, False], 1),
         ("deleted", [False, False], 0),
         ("error", ["", None], 0),
+        ("exception", ["Traceback", None], 1),
+        ("error_message", ["timeout", "none"], 1),
+        ("level", ["ERROR", "DEFAULT"], 1),
     ],
 )
 def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
@@ -1490,6 +1493,12 @@ def test_ratings_off_the_scale_of_a_format(tmp_path):
     message = refusal(as_jsonl(tmp_path, records))
     assert "9, which is not on the scale from 1 to 5" in message
     assert "--up '>=7' --down '<=4'" in message
+    wrong = [{"instruction": "q", "generations": ["a", "b"], "ratings": [5, one]} for one in (1, 45)]
+    message = refusal(as_jsonl(tmp_path, wrong))
+    assert (
+        "45, which is not on the scale from 1 to 5. Correct 45 (1 time): the other ratings are on the scale" in message
+    )
+    assert "--up" not in message
     # All ratings of a record are counted.
     assert "9 (1 time), 2 (1 time). If that is" in refusal(as_jsonl(tmp_path, records[1:2]))
     rows, left_out, _ = read(as_jsonl(tmp_path, records), up=">=7", down="<=4")
@@ -1930,6 +1939,93 @@ def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_p
 
 @pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
 @pytest.mark.parametrize(
+    ("label", "key", "votes", "against", "proposal"),
+    [
+        ("thumbs", "score", (0.1, 0.9), 2, "--label-field score --up '>0.5' --down '<0.5'"),
+        ("thumbs", "score", (0.9, 0.1), 0, ""),
+        ("thumbs", "user_feedback", (False, False), 1, "--label-field user_feedback"),
+        ("label", "user_feedback", ("up", None), 0, ""),
+        ("label", "user_feedback", (None, "up"), 1, "--label-field user_feedback"),
+    ],
+)
+def test_other_votes_of_each_judged_turn_are_compared_and_listed(
+    tmp_path, container, label, key, votes, against, proposal
+):
+    answers = [
+        {**assistant(text), label: verdict, key: vote}
+        for text, verdict, vote in zip("ab", ("up", "down"), votes, strict=True)
+    ]
+    record = {"messages": [user("q"), answers[0], user("r"), answers[1]], "id": 1}
+    read_rows, _, found = read(container(tmp_path, [record]))
+    assert [row[1] for row in read_rows] == [True, False]
+    assert found.unused_beside() == [f"messages[].{key}"]
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    for note in notes:
+        assert (
+            f"contradicts the label that was read in {against} of {sum(vote is not None for vote in votes)} row" in note
+        )
+        assert proposal in note
+
+
+def test_votes_of_messages_that_are_no_rows_are_listed(tmp_path):
+    judged = [user("q"), {**assistant("a"), "score": 0.2, "thumbs": "down"}, user("r"), assistant("b")]
+    other = [user("s"), {**assistant("a"), "label": True}, user("r"), {**assistant("b"), "user_feedback": False}]
+    records = [{"messages": judged, "is_good": True}, {"messages": other, "is_good": None}]
+    assert read(as_jsonl(tmp_path, records[:1]), label_field="is_good", one_class=True)[2].unused_beside() == [
+        "messages[].score",
+        "messages[].thumbs",
+    ]
+    found = read(as_jsonl(tmp_path, records[1:]))[2]
+    assert found.unused_beside() == ["messages[].user_feedback"]  # of another message than the one that is judged
+    assert not [note for note in found.notes() if "contradicts" in note]
+
+
+def test_a_rule_that_reverses_ratings_of_turns_contradicts_nothing(tmp_path):
+    turns = [user("q"), {**assistant("a"), "rating": 5}, user("r"), {**assistant("b"), "rating": 1}]
+    read_rows, _, found = read(as_jsonl(tmp_path, [{"messages": turns}]), label_field="rating", up="<=2", down=">=4")
+    assert ([row[1] for row in read_rows], found.notes()) == ([False, True], [])
+
+
+@pytest.mark.parametrize(
+    ("beside", "options"),
+    [
+        ({"labels": [0, 1]}, "--label-field labels or --label-field label,"),
+        ({"labels": {"helpful": True}}, "--label-field labels or --label-field label,"),
+        ({"up": 3, "down": 1}, "--label-field '{up: up, down: down}' or --label-field label,"),
+    ],
+)
+def test_votes_of_the_record_beside_labels_of_its_messages_are_refused(tmp_path, beside, options):
+    turns = [user("q"), {**assistant("a"), "label": True}, user("r"), {**assistant("b"), "label": False}]
+    message = refusal(as_jsonl(tmp_path, [{"messages": turns, **beside}]))
+    assert "only one of them can be the label" in message
+    assert options in message
+
+
+def test_a_judged_message_of_an_unknown_role_is_explained(tmp_path):
+    turns = [user("q"), {"role": "chatModel", "content": "a", "thumbs": "up"}]
+    message = refusal(as_jsonl(tmp_path, [{"messages": turns}]))
+    assert (
+        'has a label, but is not an answer of the assistant to a message. Its role, "chatModel", is not a known one'
+        in message
+    )
+    turns = [user("q"), {**user("a"), "thumbs": "up"}]
+    assert "Its role" not in refusal(as_jsonl(tmp_path, [{"messages": turns}]))
+
+
+def test_a_label_beside_a_label_of_each_answer_is_refused(tmp_path):
+    turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+    record = {"messages": turns, "labels": [True, False], "label": True}
+    assert "Pass --label-field labels or --label-field label." in refusal(as_jsonl(tmp_path, [record]))
+    assert [row[1] for row in read(as_jsonl(tmp_path, [record]), label_field="labels")[0]] == [True, False]
+    assert len(read(as_jsonl(tmp_path, [record]), label_field="label", one_class=True)[0]) == 1
+    assert (
+        len(read(as_jsonl(tmp_path, [{**record, "labels": [True, True, False]}]), one_class=True)[0]) == 1
+    )  # of raters
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
     ("key", "votes", "words"),
     [
         (
@@ -2005,3 +2101,72 @@ def test_a_label_whose_name_is_that_of_what_is_bad_is_refused_on_every_route(tmp
 )
 def test_other_names_are_labels(tmp_path, record, options):
     assert read(as_jsonl(tmp_path, [{"prompt": "q", "completion": "a", **record}]), **options)[0] == [up("q", "a")]
+
+
+def test_messages_of_flowise_without_the_kind_of_their_memory(tmp_path):
+    turns = [{"content": "q", "role": "userMessage", "time": "1"}]
+    turns.append({"content": "a", "role": "apiMessage", "time": "2", "feedback": "Helpful"})
+    message = refusal(as_json(tmp_path, [{"source": "UI", "sessionId": "s", "messages": turns}]))
+    assert "Flowise messages: this export contains the comment of a feedback" in message
+
+
+@pytest.mark.parametrize(
+    ("printed", "as_json"),
+    [
+        ("[True, False]", "Write JSON: [true, false]"),
+        ("[None, 1]", "Write JSON: [null, 1]"),
+        ("(1, 0)", "Write JSON: [1, 0]"),
+        ("[1 0 1]", "Write JSON (json.dumps"),
+        ("[ True False]", "Write JSON (json.dumps"),
+        ("['up', 'down']", 'Write JSON: ["up", "down"]'),
+    ],
+)
+def test_votes_as_python_prints_them_are_not_unrated(tmp_path, printed, as_json):
+    records = [
+        {"prompt": "q", "completion": "a", "labels": [1, 1]},
+        {"prompt": "r", "completion": "b", "labels": printed},
+    ]
+    message = refusal(as_csv(tmp_path, records))
+    assert f"f.csv:3: 'labels' is {json.dumps(printed)}, as Python prints it. {as_json}" in message
+    assert len(read(as_csv(tmp_path, records[:1]))[0]) == 1
+
+
+def test_columns_and_corrections_of_langfuse_are_no_scores(tmp_path):
+    trace = {
+        "id": "t",
+        "timestamp": "2025",
+        "name": "chat",
+        "input": "q",
+        "output": "a",
+        "metadata": {},
+        "internal_model_id": "m",
+    }
+    columns = {"total_cost": 1, "html_path": "/x", "tokens_per_second": 3, "user-feedback": [1]}
+    assert read(as_jsonl(tmp_path, [{**trace, **columns}]))[0] == [up("q", "a")]
+    scores = [{"name": "user-feedback", "value": 0, "dataType": "NUMERIC"}]
+    corrected = {"name": "output", "stringValue": "b", "value": 0, "dataType": "CORRECTION"}
+    assert read(as_jsonl(tmp_path, [{**trace, "scores": [*scores, corrected]}]))[0] == [down("q", "a")]
+
+
+def test_turns_of_question_and_answer_are_judged(tmp_path):
+    turns = [{"human": "q", "assistant": "a", "label": True}, {"human": "r", "assistant": "b", "label": False}]
+    rows = [up("q", "a"), down("q", "a", "r", "b")]
+    assert read(as_jsonl(tmp_path, [{"conversation": turns}]))[0] == rows
+    plain = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
+    assert read(as_jsonl(tmp_path, [{"conversation": plain, "labels": [1, 0]}]))[0] == rows
+
+
+def test_a_vote_on_the_message_of_the_answer_is_compared(tmp_path):
+    asked = [user("p"), {**assistant("x"), "rating": 5}, user("q")]
+    records = [
+        {"prompt": asked, "completion": [{**assistant("a"), "rating": rating}], "label": label}
+        for rating, label in ((1, True), (5, False))
+    ]
+    (note,) = [note for note in read(as_jsonl(tmp_path, records))[2].notes() if "contradicts" in note]
+    assert note.startswith("'completion[].rating' contradicts the label that was read in 2 of 2 rows")
+
+
+@pytest.mark.parametrize("name", ["winner", "preference"])
+def test_a_verdict_for_the_rejected_side_is_refused(tmp_path, name):
+    record = {"prompt": "q", "chosen": "a", "rejected": "b", name: "Rejected"}
+    assert f"'{name}' is \"Rejected\", so 'rejected' is better than 'chosen'" in refusal(as_jsonl(tmp_path, [record]))

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, Scale, is_tie
+from offline_kto.kto_core.feedback.labels import DOWN, LEAVE_OUT, UP, LabelRule, is_tie
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping_file import mapping_from
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 
@@ -161,6 +162,9 @@ PROPOSALS = [
     (["x" * 100, "good"], ""),
     ([-0.4, 0.3], "--up '>0' --down '<0'"),
     ([0, 55, 100], "--up '>=70' --down '<=40'"),
+    ([0, 1, 2], "--up '>=2' --down '<=0'"),
+    ([1, 1, 1, 2000, 30, 5, 2], "--up '>=2' --down '<2'"),
+    ([1, 1, 1, 2000], "--up '>=2000' --down '<2000'"),
     ([5, 5], ""),
     ([5, "great"], ""),
 ]
@@ -171,6 +175,37 @@ def test_the_proposed_cut_fits_the_values(values, proposal):
     said = Scale(Counter(map(quoted, values))).proposal()
     assert said.startswith(proposal)
     assert bool(said) == bool(proposal)
+
+
+OUTLIERS = [
+    ([*range(1, 11), 85], "--up '>=7' --down '<=4'", "85 (1 time)"),
+    ([*["1", "2", "3", "4", "5"] * 4, "99", "99"], "--up '>=4' --down '<=2'", "99 (2 times)"),
+    ([*[1, 2, 3, 4, 5] * 4, *[-1] * 9], "--up '>=4' --down '<=2'", "-1 (9 times)"),
+    ([*[0, 1] * 5, 99], "--up 1 --down 0", "99 (1 time)"),
+    ([*[0, 1] * 5, -99], "--up 1 --down 0", "-99 (1 time)"),
+    ([*[0.1, 0.5, 0.9] * 9, 20, 50], "", ""),
+    ([*[0.1, 0.5, 0.9] * 20, 20, 50], "--up '>0.5' --down '<0.5'", "20 (1 time), 50 (1 time)"),
+    ([*[1, 2, 3, 4, 5] * 40, 7], "--up '>=4' --down '<=2'", "7 (1 time)"),
+    ([*[1, 2, 3, 4, 5] * 4, 7], "--up '>=7' --down '<=4'", ""),  # perhaps of 1 to 10
+    ([*[0, 10, 20, 5] * 4, 100], "--up '>=70' --down '<=40'", ""),
+    ([1, 9, 85], "--up '>=70' --down '<=40'", ""),
+    ([*[3, 1, 0, 2] * 9, -1], "--up '>0' --down '<0'", ""),  # votes
+    ([*[3, 1, 4, 2] * 9, -1, -2], "--up '>0' --down '<0'", ""),
+]
+
+
+@pytest.mark.parametrize(("values", "proposal", "far"), OUTLIERS)
+def test_an_outlier_does_not_move_the_proposed_cut(values, proposal, far):
+    said = Scale(Counter(map(quoted, values))).proposal()
+    assert said.startswith(proposal)
+    assert ("far from the others" in said) == bool(far)
+    assert f"{far} {'is' if far.count('time') == 1 else 'are'} far" in said or not far
+
+
+def test_an_outlier_contradicts_no_label(tmp_path):
+    ratings = [*[1, 5] * 10, 99]
+    records = [{**one, "label": one["rating"] == 5} for one in rows("rating", ratings)]
+    assert not [note for note in feedback(tmp_path / "f.jsonl", records)[1].notes() if "contradicts" in note]
 
 
 def test_values_are_listed_with_their_counts():
@@ -584,3 +619,102 @@ def test_a_field_named_like_a_rating_is_unclear_if_it_is_always_1(name: str, is_
     assert (rule.unclear_rating() == name) is is_unclear
     assert not rule.verdict(0, "f.jsonl:2", name)
     assert rule.unclear_rating() is None
+
+
+def test_names_with_commas_are_objectives(tmp_path):
+    records = [
+        {
+            "prompt": f"p{n}",
+            "completion": "c",
+            "helpful": n > 0,
+            "is-polite": n > 1,
+            "toxic": n == 1,
+            "quality": n,
+            "spam": n,
+        }
+        for n in range(3)
+    ]
+    path = tmp_path / "f.jsonl"
+    labels, found = feedback(path, records, label_field="helpful,is-polite")
+    assert labels == [False, True, True]
+    assert found.unused_columns() == ["toxic", "quality", "spam"]
+    message = refusal(path, records, label_field="helpful,toxic")
+    assert "one of the labels is 'toxic', which seems to name what is undesirable" in message
+    for option in ({"rating_scale": "0:5"}, {"rating_threshold": "2"}):
+        for name in ("quality,spam", "{good: quality, safe: spam}", "{harm: quality, other: quality}"):
+            assert "one of the labels is '" in refusal(path, records, label_field=name, **option)
+    assert 'nothing at "{x: x, y: y}"' in refusal(path, records, label_field="x,y")
+
+
+@pytest.mark.parametrize("name", ["helpful,plite", "{one: helpful, other: plite}"])
+def test_an_objective_that_no_record_has_is_refused(tmp_path, name):
+    records = [{"prompt": f"p{n}", "completion": "c", "helpful": n > 0, "polite": n > 1} for n in range(3)]
+    message = refusal(tmp_path / "f.jsonl", records, label_field=name)
+    assert """--label-field: no record has a value at "plite". Did you mean 'polite'?""" in message
+
+
+def test_a_column_whose_name_has_a_comma_is_read(tmp_path):
+    for name in ("Good, or bad", "good, bad"):
+        assert feedback(tmp_path / "f.jsonl", rows(name, [1, 0]), label_field=name)[0] == [True, False]
+
+
+def test_an_empty_label_beside_a_kto_tag_is_no_label(tmp_path):
+    values = [("", True), (None, "false"), ("yes", "n/a"), ("", "")]
+    records = [{**one, "kto_tag": tag} for one, (_, tag) in zip(rows("label", values), values, strict=True)]
+    records = [{**one, "label": label} for one, (label, _) in zip(records, values, strict=True)]
+    labels, found = feedback(tmp_path / "f.jsonl", records)
+    assert labels == [True, False, True]
+    assert found.found.left_out.counts == {UNRATED: 1}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_the_vote_in_an_object_that_contradicts_the_label_is_named(tmp_path, as_text):
+    given = [{"score": 0, "comment": "wrong"}, {"score": 1}, {"score": 0}]
+    records = rows("feedback", [json.dumps(one) if as_text else one for one in given])
+    found = feedback(tmp_path / "f.jsonl", [{**one, "label": number == 0} for number, one in enumerate(records)])[1]
+    (note,) = [note for note in found.notes() if "contradicts" in note]
+    assert note.startswith(
+        "'feedback.score' contradicts the label that was read in 2 of 3 rows (first: f.jsonl:1: desirable"
+    )
+    assert "pass --label-field feedback.score" in note
+
+
+def test_counts_of_votes_in_several_columns_must_agree(tmp_path):
+    records = [{**one, "down": 1, "upvotes": one["up"], "downvotes": 1} for one in rows("up", [3, 0])]
+    assert feedback(tmp_path / "f.jsonl", records)[0] == [True, False]
+    message = refusal(tmp_path / "f.jsonl", [*records, {**records[0], "upvotes": 0}])
+    assert "f.jsonl:3: 'up' and 'down' are 3 and 1, but 'upvotes' and 'downvotes' are 0 and 1" in message
+    assert feedback(tmp_path / "f.jsonl", records, label_field="{up: up, down: down}")[0] == [True, False]
+
+
+def test_columns_that_count_votes_contradict_nothing_alone(tmp_path):
+    records = [{**one, "label": True} for one in rows("downvotes", [1, 0])]
+    found = feedback(tmp_path / "f.jsonl", records, label_field="label", one_class=True)[1]
+    assert not [note for note in found.notes() if "contradicts" in note]
+
+
+def test_votes_that_are_objects_are_explained(tmp_path):
+    votes = [[{"who": "a", "label": 1}, {"who": "b", "label": 0}], [{"who": "a", "label": 0}]]
+    records = rows("labels", votes)
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "Name what is the vote in them: --label-field 'labels[].label'." in message
+    assert feedback(tmp_path / "f.jsonl", records, label_field="labels[].label")[0] == [True, False]
+    records = rows("votes", [[{"user": "a", "value": 1}], [{"user": "b", "value": -1}]])
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "votes[].value: 1 (1 time), -1 (1 time); pass --label-field 'votes[].value' --up 1 --down -1" in message
+
+
+@pytest.mark.parametrize("column", ["withdrawn", "retracted", "deleted_at"])
+def test_votes_that_were_withdrawn_are_named(tmp_path, column):
+    records = [{**one, column: value} for one, value in zip(rows("label", [1, 0]), ("2025-01-01", None), strict=True)]
+    notes = feedback(tmp_path / "f.jsonl", records)[1].notes()
+    assert len([note for note in notes if f"'{column}' suggests that the answer failed" in note]) == 1
+
+
+@pytest.mark.parametrize("value", ["up, down, up", "up", "yes|no", 1, True])
+def test_votes_in_a_text_of_several_labels_are_not_unrated(tmp_path, value):
+    records = [*rows("labels", [value]), *rows("label", [True, False])]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert f"f.jsonl:1: 'labels' is {json.dumps(value)}, which is no list and no object" in message
+    labels, found = feedback(tmp_path / "f.jsonl", [*rows("labels", ["travel, food"]), *records[1:]])
+    assert (labels, found.found.left_out.counts) == ([True, False], {UNRATED: 1})

@@ -1,6 +1,7 @@
 """Read the label of a record in a native format: one label, votes, ratings of a scale or several objectives, and the weight."""
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -11,17 +12,21 @@ from offline_kto.kto_core.feedback.judging import (
     WEIGHT,
     Reading,
     counted_votes,
+    is_printed_label,
     judge,
     names_of_counts,
     one_count,
     weight_in,
     with_value,
 )
-from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
+from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value, usual_label
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut, ObjectivesLeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.stored_values import is_printed, opened
+from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.kto_core.judgements import Judgement
+
+# What separates the votes of several raters in a text.
+_SEPARATOR = re.compile(r"\s*[,;|/]\s*")
 
 
 def is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields) -> bool:
@@ -31,7 +36,7 @@ def is_unrated(present: Mapping[str, object], where: str, fields: FeedbackFields
     if not all(has_no_value(present.get(name)) for name in (*LABELS, "rating")):
         return False
     several = opened(present.get(SEVERAL))
-    return not names_of_counts(present) and not isinstance(several, list | dict) and not is_printed(several)
+    return not names_of_counts(present) and not isinstance(several, list | dict) and not is_printed_label(several)
 
 
 def judged_row(
@@ -71,9 +76,11 @@ def _judged(record: Mapping[str, object], present: Mapping[str, object], where: 
         fields.compared.update(name for name in names if name in present)
     if SEVERAL in present or names_of_counts(record):
         several = opened(present.get(SEVERAL))
-        if isinstance(several, list | tuple | dict) or is_printed(several) or names_of_counts(record):
+        if isinstance(several, list | tuple | dict) or is_printed_label(several) or names_of_counts(record):
             return _detailed(record, present, several, names, where, fields)
-    labels = {name: judge(rule, present[name], where, name, one=True) for name in names if name in present}
+    there = [name for name in names if name in present]
+    rated = [name for name in there if not has_no_value(present[name])] or there
+    labels = {name: judge(rule, present[name], where, name, one=True) for name in rated}
     if len(labels) > 1 and len({one.label for one in labels.values()}) > 1:
         raise FeedbackError(f"{where}: 'label' and 'kto_tag' contradict each other. Remove one of them.")
     if labels:
@@ -85,8 +92,19 @@ def _judged(record: Mapping[str, object], present: Mapping[str, object], where: 
         if names[0] in record:
             message += f" To leave out records without a label, pass --label-field {names[0]}."
         raise UnknownLabelError(message, "rating", fields.ratings)
+    _check_is_no_vote(present.get(SEVERAL), where)
     what = f"'{names[0]}' is empty" if names[0] in record else f"there is no '{names[0]}'"
     raise LeftOut(UNRATED, f"{what}; {columns_in_words(present)}")
+
+
+def _check_is_no_vote(several: object, where: str) -> None:
+    """Refuse a text or a number in the column of several labels that is a vote, or several of them, as "up, down" is."""
+    parts = _SEPARATOR.split(several.strip()) if isinstance(several, str) else [several]
+    if several is not None and all(usual_label(part) is not None for part in parts):
+        raise FeedbackError(
+            f"{where}: '{SEVERAL}' is {quoted(several)}, which is no list and no object. Write a list with a label of each rater as JSON; "
+            f"if it is one label, pass --label-field {SEVERAL}, or call the column 'label'."
+        )
 
 
 def row_weight(record: Mapping[str, object], where: str, fields: FeedbackFields) -> float | None:
@@ -142,7 +160,7 @@ def _detailed(
         add("' and '".join(counts), partial(counted_votes, rule, record, where))
     objectives: Reading | None = None
     split: dict[str, LeftOut] = {}
-    if isinstance(several, list | tuple | dict) or is_printed(several):
+    if isinstance(several, list | tuple | dict) or is_printed_label(several):
         fields.read.add(SEVERAL)
         try:
             add(SEVERAL, partial(judge, rule, several, where, SEVERAL))

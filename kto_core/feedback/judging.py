@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,15 @@ COUNTS = (("up", "down"), ("upvotes", "downvotes"), ("votes_up", "votes_down"))
 # The column with the labels of several raters, or with an object that has a label for each objective.
 SEVERAL = "labels"
 WEIGHT = "weight"
+# Keys of an object that is one vote.
+_VOTE_KEYS = ("label", "vote", "rating", "score", "value", "thumbs", "thumb", "reaction", "feedback")
 _FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
 _ALL_COUNTS = frozenset(name for names in COUNTS for name in names)
 # A larger number of votes, or a larger weight, is a mistake.
 _MOST = 2.0**53
 _LONGEST_NAME = 200
+# A list of labels that is not JSON.
+_PRINTED = re.compile(r"\s*[\[(]\s*(?:(?:True|False|None|nan|[+-]?[\d.]+)(?:\s*,\s*|\s+|(?=[\])])))+[\])]\s*")
 # Characters of a printed value that a message writes as JSON.
 _LONGEST_PRINTED = 200
 
@@ -106,7 +111,7 @@ def judge(rule: LabelRule, value: object, where: str, field: str, *, one: bool =
     if isinstance(value, Reading):
         return value
     value = opened(value)
-    if is_printed(value):
+    if is_printed_label(value):
         raise FeedbackError(f"{where}: '{field}' is {quoted(value)}, as Python prints it. {_as_json(str(value))}")
     if isinstance(value, Mapping) and value and _counts_in(value) is None:
         if one:
@@ -126,8 +131,24 @@ def counted_votes(rule: LabelRule, record: Mapping[str, object], where: str) -> 
     names = _counts_in(record)
     if names is None or all(has_no_value(record[name]) for name in names):
         return None
+    for other in COUNTS:
+        if other != names and all(name in record and not has_no_value(record[name]) for name in other):
+            _check_same_counts(record, names, other, where)
     masses, ballots = _of_counts(rule, record, names, where, "")
     return Reading(Judgement(masses), {"": ballots} if ballots else {})
+
+
+def _check_same_counts(
+    record: Mapping[str, object], names: tuple[str, str], other: tuple[str, str], where: str
+) -> None:
+    if [number_in(record[name]) for name in names] != [number_in(record[name]) for name in other]:
+        shown = [
+            f"'{up}' and '{down}' are {quoted(record[up])} and {quoted(record[down])}" for up, down in (names, other)
+        ]
+        raise FeedbackError(
+            f"{where}: {', but '.join(shown)}. Name those to read with --label-field '{{up: {names[0]}, down: {names[1]}}}', "
+            "or correct them."
+        )
 
 
 def names_of_counts(record: Mapping[str, object]) -> tuple[str, ...]:
@@ -222,6 +243,11 @@ def check_objective(name: object, where: str) -> None:
         )
 
 
+def is_printed_label(value: object) -> bool:
+    """Return whether a text is a list or an object of labels as Python or NumPy prints it: "[True, None]", "(1, 0)", "[1 0]"."""
+    return is_printed(value) or (isinstance(value, str) and _PRINTED.fullmatch(value) is not None)
+
+
 def _masses(rule: LabelRule, value: object, where: str, field: str) -> tuple[Masses, Ballots]:
     """Return the masses of one value, and the votes in it."""
     if isinstance(value, list | tuple):
@@ -272,6 +298,11 @@ def _of_raters(rule: LabelRule, values: Sequence[object], where: str, field: str
     rated = [one for one in values if not has_no_value(one)]
     if not rated:
         raise LeftOut(UNRATED)
+    if (vote := next((one for one in rated if isinstance(one, Mapping)), None)) is not None:
+        key = next((name for name in _VOTE_KEYS if not has_no_value(vote.get(name))), "KEY")
+        raise FeedbackError(
+            f"{where}: '{field}' is a list of objects, {quoted(vote)}. Name what is the vote in them: --label-field '{field}[].{key}'."
+        )
     shares: list[float] = []
     between: LeftOut | None = None
     unknown: list[UnknownLabelError] = []

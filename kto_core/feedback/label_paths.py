@@ -7,10 +7,11 @@ from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.judging import Reading, judge, of_objectives
-from offline_kto.kto_core.feedback.labels import LabelRule, Scale, UnknownLabelError, count_first, has_no_value
+from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, count_first, has_no_value
 from offline_kto.kto_core.feedback.left_out import LeftOut
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.kto_core.feedback.stored_values import opened
 
 

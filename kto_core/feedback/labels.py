@@ -5,12 +5,11 @@ import json
 import math
 import operator
 import re
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, TypeVar
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, RATERS_DISAGREE, UNRATED, LeftOut
@@ -47,15 +46,6 @@ _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
 # How Slack writes the skin tone of an emoji: ":+1::skin-tone-3:".
 _SKIN_TONE = re.compile(r":skin-tone-\d:")
 
-_FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
-
-# Words for a judgement that is neither good nor bad, or for none.
-_BETWEEN = re.compile(
-    r"[^\w+]*|mixed|medium|average|so[ _-]?so|ok(?:ay)?|maybe|partial(?:ly)?|unsure|unknown|unclear|undecided|other|pending"
-    r"|offered|skip(?:ped)?|(?:not|un)[ _-]?(?:rated|judged|scored|answered|set|available|applicable|sure)"
-    r"|no[ _-]?(?:rating|feedback|vote|answer|opinion)",
-    re.IGNORECASE,
-)
 # Beginnings of verdicts on two answers that prefer neither.
 _TIE = re.compile(r"tie|draw|both|equal|same|neither|neutral|similar|no[ _-]?preference", re.IGNORECASE)
 
@@ -96,6 +86,12 @@ class UnknownLabelError(FeedbackError):
             return self
         return UnknownLabelError(str(self).replace(f"'{self.field}'", f"'{field}'", 1), field, self.rule)
 
+    def of_pair(self) -> "UnknownLabelError":
+        """Return the error about a value that should name the better one of two answers."""
+        return UnknownLabelError(
+            str(self).replace("is neither up nor down", "names neither answer"), self.field, self.rule
+        )
+
 
 @dataclass(frozen=True)
 class LabelRule:
@@ -129,7 +125,7 @@ class LabelRule:
             for value in values:
                 if not isinstance(value, bool | int | float | str) or value == "":
                     raise ConfigError(f"{name}: a word, a number or a comparison such as >=4, got {quoted(value)}.")
-        both = [value for value in self.up if not _is_comparison(value) and _matches(value, self.down)]
+        both = [value for value in self.up if not is_comparison(value) and matches(value, self.down)]
         if both:
             raise ConfigError(f"{quoted(both[0])} is in up and in down. Remove it from one of them.")
         if self.otherwise not in ELSE:
@@ -143,7 +139,7 @@ class LabelRule:
     @property
     def has_comparison(self) -> bool:
         """Return whether values are numbers on a scale."""
-        return any(map(_is_comparison, (*self.up, *self.down)))
+        return any(map(is_comparison, (*self.up, *self.down)))
 
     def verdict(self, value: object, where: str, field: str) -> bool:
         """Return whether a value means desirable.
@@ -215,7 +211,7 @@ class LabelRule:
     def _known(self, value: object, where: str, field: str) -> bool | None:
         if not self.up and not self.down:
             return usual_label(value)
-        up, down = _matches(value, self.up), _matches(value, self.down)
+        up, down = matches(value, self.up), matches(value, self.down)
         if up and down:
             raise ConfigError(
                 f"{where}: '{field}' is {quoted(value)}, which is up ({_listed(self.up)}) and down ({_listed(self.down)}). "
@@ -335,11 +331,13 @@ def _is_variant(character: str) -> bool:
     return "\U0001f3fb" <= character <= "\U0001f3ff" or unicodedata.category(character) == "Mn"
 
 
-def _is_comparison(value: object) -> bool:
+def is_comparison(value: object) -> bool:
+    """Return whether a value of --up or --down is a comparison, such as ">=4"."""
     return isinstance(value, str) and _COMPARISON.fullmatch(value.strip()) is not None
 
 
-def _matches(value: object, wanted: Sequence[object]) -> bool:
+def matches(value: object, wanted: Sequence[object]) -> bool:
+    """Return whether a value is one of those of --up or --down."""
     return any(_is_one(value, one) for one in wanted)
 
 
@@ -354,160 +352,6 @@ def _is_one(value: object, wanted: object) -> bool:
     if number is not None or other is not None:
         return number == other
     return isinstance(value, str) and _word(value) == _word(str(wanted))
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The values of a label field, with their counts."""
-
-    counts: Counter[str]
-
-    @classmethod
-    def of(cls, rule: LabelRule) -> "Scale":
-        """Return the values that a rule was given."""
-        counts: Counter[str] = Counter()
-        for (value, _), count in rule.seen.items():
-            counts[value] += count
-        return cls(counts)
-
-    def in_words(self) -> str:
-        """Return the most frequent values with their counts."""
-        shown = [
-            f"{value} ({count:,} {'time' if count == 1 else 'times'})" for value, count in self.counts.most_common(8)
-        ]
-        more = len(self.counts) - len(shown)
-        return ", ".join(shown) + (f", and {more:,} more" if more > 0 else "")
-
-    @property
-    def is_usual(self) -> bool:
-        """Return whether all values are true, false, 1, 0 or usual words, or say that there is none."""
-        return all(value == "(none)" or usual_label(_parsed(value)) is not None for value in self.counts)
-
-    @property
-    def is_numbers(self) -> bool:
-        """Return whether all values are numbers, or say that there is none."""
-        return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
-
-    def verdict(self, shown: str) -> bool | None:
-        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
-        value = _parsed(shown)
-        if number_in(value) is None:
-            return usual_label(value)
-        cut = _cut(sorted({n for text in self.counts if (n := number_in(text.strip('"'))) is not None}))
-        if cut is None or cut.other_way:
-            return None
-        up, down = _matches(value, (cut.up,)), _matches(value, (cut.down,))
-        return up if up or down else None
-
-    def proposal(self) -> str:
-        """Return options that fit the values and can be pasted into a shell; empty if that is not clear."""
-        shown = [value for value in self.counts if value != "(none)"]
-        values = [text for value in shown if (text := _as_option(value)) is not None]
-        if len(values) < len(shown):
-            return ""
-        numbers = sorted({n for value in values if (n := number_in(value)) is not None})
-        words = [value for value in values if number_in(value) is None]
-        if words and numbers:
-            return ""
-        return _proposed_cut(numbers) if numbers else _proposed_fractions(words) or _proposed_words(words)
-
-
-def _parsed(shown: str) -> object:
-    """Return a value that is given as JSON; None for one that is cut, because it is long."""
-    try:
-        return json.loads(shown)
-    except ValueError:
-        return None
-
-
-def _as_option(shown: str) -> str | None:
-    """Return a value, given as JSON, as an option has it; None for one that no option can name."""
-    value = _parsed(shown)
-    if isinstance(value, str):
-        return None if _is_comparison(value) or "," in value else value
-    return shown if isinstance(value, bool | int | float) else None
-
-
-class _Cut(NamedTuple):
-    """The values of --up and --down for ratings, what happens to the others, and whether the order is a guess."""
-
-    up: str
-    down: str
-    note: str
-    other_way: bool = False
-
-
-def _proposed_cut(numbers: Sequence[float]) -> str:
-    """Return options for ratings, given in order; empty for a single one."""
-    cut = _cut(numbers)
-    if cut is None:
-        return ""
-    up, down = _option([cut.up]), _option([cut.down])
-    return f"--up {up} --down {down}" + (f" ({cut.note})" if cut.note else "")
-
-
-def _cut(numbers: Sequence[float]) -> _Cut | None:
-    if len(numbers) < 2:
-        return None
-    least, most = numbers[0], numbers[-1]
-    if set(numbers) <= {-1.0, 0.0, 1.0} and (-1.0 not in numbers or 0.0 not in numbers):
-        return _Cut("1", f"{least:g}", "")
-    if least < 0:
-        return _Cut(">0", "<0", "0 is left out")
-    if most <= 1:
-        return _Cut(">0.5", "<0.5", "0.5 is left out")
-    if list(numbers) == [1, 2]:
-        return _Cut("2", "1", "or the other way round", other_way=True)
-    # Scales: 1 to 3, 0 to 4, 1 to 5, 1 to 10, 0 to 100. Values in the middle are left out.
-    for end, up, down in ((3, 3, 1), (4, 3, 1) if least == 0 else (5, 4, 2), (5, 4, 2), (10, 7, 4), (100, 70, 40)):
-        if most <= end:
-            return _Cut(f">={up}", f"<={down}", "values between them are left out")
-    middle = numbers[len(numbers) // 2]
-    return _Cut(f">={middle:g}", f"<{middle:g}", "")
-
-
-def _proposed_fractions(words: Sequence[str]) -> str:
-    """Return options for ratings such as "4/5"; empty for other words."""
-    found = [_FRACTION.fullmatch(word.strip()) for word in words]
-    shares = {word: int(one[1]) / int(one[2]) for word, one in zip(words, found, strict=True) if one is not None}
-    if len(shares) < len(words):
-        return ""
-    up = sorted(word for word, share in shares.items() if share >= 0.7)
-    down = sorted(word for word, share in shares.items() if share <= 0.4)
-    between = sorted(shares.keys() - {*up, *down})
-    if not up or not down:
-        return ""
-    return f"--up {_option(up)} --down {_option(down)}" + (
-        f", with {', '.join(between)} added to one of them" * bool(between)
-    )
-
-
-def _proposed_words(words: Sequence[str]) -> str:
-    """Return options for words; empty if their meaning is not clear."""
-    known = {word: usual_label(word) for word in words}
-    up = [word for word, label in known.items() if label is True]
-    down = [word for word, label in known.items() if label is False]
-    others = [word for word, label in known.items() if label is None]
-    if len(others) == 2 and not up and not down and not any(map(_is_between, others)):
-        return f"--up {_option(others[:1])} --down {_option(others[1:])} (or the other way round)"
-    if len(others) == 1 and len(up + down) == 1 and not _is_between(others[0]):
-        return f"--up {_option(up or others)} --down {_option(down or others)}"
-    if not up or not down:
-        return ""
-    named = ", ".join(others) if len(others) <= 4 else "the others"
-    added = f", with {named} added to one of them, or left out by a mapping (--map FILE) with `else: leave-out`"
-    return f"--up {_option(up)} --down {_option(down)}{added if others else ''}"
-
-
-def _is_between(word: str) -> bool:
-    """Return whether a word says neither good nor bad: "mixed", "not rated", "-"."""
-    return is_tie(word) or _BETWEEN.fullmatch(word.strip()) is not None
-
-
-def _option(words: Sequence[str]) -> str:
-    """Return words as the value of an option on a command line."""
-    text = ",".join(words)
-    return text if re.fullmatch(r"\w[\w,.+:/-]*|-1", text) else shlex.quote(text)
 
 
 # A class with a smaller share of the rows is nearly absent: 1 in 20 is far from the published 1:1 to 4:3.

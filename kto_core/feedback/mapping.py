@@ -20,7 +20,7 @@ from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, i
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
-from offline_kto.kto_core.feedback.paths import Path, option_path
+from offline_kto.kto_core.feedback.paths import Path, label_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
 Record = AnyMapping[str, Any]
@@ -88,7 +88,7 @@ class PairPaths:
         except UnknownLabelError as error:
             if all(map(is_tie, value)) if isinstance(value, list) else is_tie(value):
                 raise LeftOut(TIE, quoted(value)) from None
-            raise error.about(better.read_key(data)) from None
+            raise error.of_pair().about(better.read_key(data)) from None
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def with_label(mapping: Mapping, name: str | None, rule: LabelRule | None, votes
         return mapping
     changed = holder.ruled(lambda own: dataclasses.replace(_given(rule, own, mapping.name), votes=votes))
     if name is not None:
-        path = option_path(name, "--label-field")
+        path = label_path(name)
         is_path = holder.scores is None or "." in name or name.startswith("{")
         changed = dataclasses.replace(changed, name=name, path=path if is_path else None, votes={}, objectives={})
     if mapping.turns is not None:

@@ -427,6 +427,9 @@ def _unknown_call(node: Any) -> str | None:
     return next(filter(None, map(_unknown_call, node.get("children", []))), None)
 
 
+_NAME = re.compile(r"[^\W\d][\w-]*")
+
+
 def option_path(text: str, option: str) -> Path:
     """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is not a valid expression."""
     try:
@@ -436,3 +439,11 @@ def option_path(text: str, option: str) -> Path:
         path.problem = str(error).removeprefix(f"{option}: ").rstrip(".")
         path.text = text
         return path
+
+
+def label_path(text: str) -> Path:
+    """Return the path of --label-field; names with commas between them are an object with a value for each of them."""
+    names = text.split(",")
+    if len(names) == 1 or not all(_NAME.fullmatch(name) for name in names):
+        return option_path(text, "--label-field")
+    return compiled(f"{{{', '.join(f'{key_path(name)}: {key_path(name)}' for name in names)}}}", "--label-field")

@@ -9,7 +9,6 @@ from offline_kto.kto_core.feedback.columns import (
     PAIR_OBJECTS,
     PAIR_RATINGS,
     PAIR_VERDICTS,
-    PAIR_WINNER,
     FeedbackFields,
     is_alpaca,
     prompt_value,
@@ -104,9 +103,13 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
 
 def _check_ratings(present: Mapping[str, object], where: str, fields: FeedbackFields) -> None:
     """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
-    winner, margin = present.get(PAIR_WINNER), number_in(present.get(PAIR_MARGIN))
-    if (isinstance(winner, str) and winner.strip().lower() == "rejected") or (margin is not None and margin < 0):
-        name = PAIR_MARGIN if margin is not None and margin < 0 else PAIR_WINNER
+    margin = number_in(present.get(PAIR_MARGIN))
+    worse = [PAIR_MARGIN] if margin is not None and margin < 0 else []
+    # A `status` may be that of the record.
+    verdicts = ((name, present.get(name)) for name in PAIR_VERDICTS if name != "status")
+    worse += [name for name, value in verdicts if isinstance(value, str) and value.strip().lower() == "rejected"]
+    if worse:
+        name = worse[0]
         raise FeedbackError(
             f"{where}: '{name}' is {quoted(present[name])}, so 'rejected' is better than 'chosen'. Swap them, or remove "
             f"'{name}' if it does not apply."

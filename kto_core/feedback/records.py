@@ -47,7 +47,7 @@ from offline_kto.kto_core.feedback.conversations import (
 from offline_kto.kto_core.feedback.foreign_messages import messages_in_columns
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
 from offline_kto.kto_core.feedback.judged_labels import is_unrated, judged_row, row_weight
-from offline_kto.kto_core.feedback.judged_messages import judged_messages
+from offline_kto.kto_core.feedback.judged_messages import JudgedTurn, judged_messages
 from offline_kto.kto_core.feedback.judging import Reading, of_label
 from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRATED, LeftOut
@@ -99,6 +99,7 @@ class FeedbackRow:
     rendered: bool = False  # whether it is text that a chat template has written
     reading: Reading | None = None  # masses and votes; None for what the label says
     weight: float | None = None  # before it is normalised; None without weights
+    turn: int | None = None  # number of the message in its conversation, from 0, if it is judged by itself
 
     @property
     def desirable_mass(self) -> float:
@@ -198,11 +199,7 @@ def _rows(
         return _finished(prompt, completions, bits, "chosen + rejected", where, tools, kwargs, fields)
     judged = judged_messages(present, where, fields)
     if judged is not None:
-        return [
-            row
-            for prompt, completion, reading in judged
-            for row in _finished(prompt, (completion,), [reading], "judged turns", where, tools, kwargs, fields)
-        ]
+        return [row for one in judged for row in _judged_rows(one, where, tools, kwargs, fields)]
     try:
         form, prompt, completion = _single(record, present, where, fields)
     except (_UnknownFormatError, MisreadMessagesError):
@@ -214,6 +211,19 @@ def _rows(
     form = form if calls is None else f"{form} + {calls}"
     reading = judged_row(record, present, where, fields)
     return _finished(prompt, (completion,), [reading], form, where, tools, kwargs, fields)
+
+
+def _judged_rows(
+    judged: JudgedTurn,
+    where: str,
+    tools: tuple[dict[str, object], ...] | None,
+    kwargs: Mapping[str, object],
+    fields: FeedbackFields,
+) -> list[FeedbackRow]:
+    rows = _finished(
+        judged.prompt, (judged.completion,), [judged.reading], "judged turns", where, tools, kwargs, fields
+    )
+    return [replace(row, turn=judged.number) for row in rows]
 
 
 def _finished(

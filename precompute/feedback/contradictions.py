@@ -3,13 +3,16 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from offline_kto.kto_core.feedback.columns import CONVERSATIONS
-from offline_kto.kto_core.feedback.labels import Scale, has_no_value
+from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS
+from offline_kto.kto_core.feedback.judging import COUNTS
+from offline_kto.kto_core.feedback.labels import has_no_value
 from offline_kto.kto_core.feedback.quoting import counted, quoted
+from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.precompute.records.feedback_columns import is_turned_round, is_undesirable, reversed_options
 
@@ -25,6 +28,8 @@ _SIMILAR: Final = re.compile(
     r"approved|safe|useful)|correct|valid|helpful|accepted|approved|passed|preferred)(?![a-z])",
     re.IGNORECASE,
 )
+# Columns that count votes, which say nothing alone.
+_COUNTS: Final = frozenset(name for names in COUNTS for name in names)
 _IDENTIFIES: Final = re.compile(r"[_.-](?:ids?|date|at|time|timestamp|by|counts?|reason|type|source)$", re.IGNORECASE)
 _OF_MESSAGES: Final = "[]."
 # Numbers with more different values are no scale on which a middle is known.
@@ -36,8 +41,8 @@ _shown = functools.lru_cache(maxsize=4096, typed=True)(quoted)
 @functools.lru_cache(maxsize=4096)
 def is_verdict(name: str) -> bool:
     """Return whether a column's name is that of a verdict, also of one on what is undesirable."""
-    if name in VERDICTS:
-        return True
+    if name in VERDICTS or name in _COUNTS:
+        return name in VERDICTS
     return (_SIMILAR.search(name) is not None or is_undesirable(name)) and _IDENTIFIES.search(name) is None
 
 
@@ -47,13 +52,27 @@ def _verdicts_among(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _verdicts_in(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Yield the columns that look like a verdict, and such keys of the judged message, as "messages[].user_feedback"."""
-    yield from ((name, record[name]) for name in _verdicts_among(tuple(record)))
-    for column in CONVERSATIONS:
+    """Yield the columns that look like a verdict."""
+    for name in _verdicts_among(tuple(record)):
+        value = opened(record[name])
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", value[key]) for key in _verdicts_among(tuple(value)))
+        else:
+            yield name, value
+
+
+def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[tuple[str, object]]:
+    """Yield the keys of a message that look like a verdict, as "messages[].user_feedback".
+
+    Args:
+        number: of the message in its conversation; -1 for the last one, of the answer's own column if there is one.
+    """
+    has_answer = number == -1 and any(record.get(name) is not None for name in COMPLETIONS)
+    for column in COMPLETIONS if has_answer else CONVERSATIONS:
         turns = opened(record.get(column))
-        judged = turns[-1] if isinstance(turns, list | tuple) and turns else None
+        judged = turns[number] if isinstance(turns, list | tuple) and number < len(turns) and turns else None
         if isinstance(judged, Mapping):
-            yield from ((f"{column}{_OF_MESSAGES}{name}", judged[name]) for name in _verdicts_among(tuple(judged)))
+            yield from ((f"{column}{_OF_MESSAGES}{name}", value) for name, value in _verdicts_in(judged))
 
 
 class ColumnsToRead(frozenset[str]):
@@ -75,12 +94,17 @@ class Contradictions:
     seen: dict[str, Counter[tuple[str, bool]]] = field(default_factory=dict)
     first: dict[tuple[str, str, bool], str] = field(default_factory=dict)
 
-    def add(self, record: Mapping[str, object], label: bool, where: str) -> None:
-        """Note the values of a record that became one row."""
-        for name, value in _verdicts_in(record):
-            if has_no_value(value) or not isinstance(value, bool | int | float | str):
-                continue
-            self._count(name, _shown(value), label, 1, where)
+    def add(self, record: Mapping[str, object], rows: Sequence[FeedbackRow]) -> None:
+        """Note the values of a record beside the labels of its rows.
+
+        A row that judges a message is compared with that message, and a row of a whole conversation with its last one. The columns
+        of the record are about a row only if it is the only one.
+        """
+        for row in rows if len(rows) == 1 or rows[0].turn is not None else ():  # else of a pair
+            values = [*_verdicts_of_message(record, -1 if row.turn is None else row.turn)]
+            for name, value in [*_verdicts_in(record), *values] if len(rows) == 1 else values:
+                if not has_no_value(value) and isinstance(value, bool | int | float | str):
+                    self._count(name, _shown(value), row.label, 1, row.where)
 
     def _count(self, name: str, shown: str, label: bool, count: int, where: str) -> None:
         counts = self.seen.setdefault(name, Counter())
@@ -97,13 +121,16 @@ class Contradictions:
     def in_words(self, unused: Collection[str]) -> list[str]:
         """Return a sentence for each column that was not read and contradicts the label in some rows."""
         there = sorted(
-            (name for name in self.seen if name in unused or _OF_MESSAGES in name),
+            (name for name in self.seen if name in unused or name.rpartition(".")[0] in unused),
             key=lambda name: _NAMES.index(name) if name in VERDICTS else 99,
         )
         return [text for name in there if (text := self._sentence(name, self.seen[name]))]
 
     def _sentence(self, name: str, counts: Counter[tuple[str, bool]]) -> str:
-        scale, key = Scale(Counter({shown: 1 for shown, _ in counts})), name.rpartition(_OF_MESSAGES)[2]
+        values: Counter[str] = Counter()
+        for (shown, _), count in counts.items():
+            values[shown] += count
+        scale, key = Scale(values), name.rpartition(_OF_MESSAGES)[2]
         if len(scale.counts) > _MOST_VALUES:
             return ""
         turned = is_turned_round(key, scale.counts)

@@ -15,7 +15,7 @@ from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.labels import LabelRule
 from offline_kto.kto_core.feedback.llama_factory import DatasetInfo, entry_for
 from offline_kto.kto_core.feedback.mapping import Mapping, with_label
-from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.paths import label_path, option_path
 from offline_kto.kto_core.feedback.preference_pairs import check_sides_are_answers
 from offline_kto.kto_core.feedback.presets import named_mapping, presets, recognised
 from offline_kto.kto_core.feedback.quoting import counted, quoted
@@ -325,7 +325,7 @@ class DataFormat:
         if config.rating_threshold is not None:
             if config.up is not None or config.down is not None:
                 raise ConfigError("--rating-threshold excludes --up and --down. Remove one of them.")
-            label = None if config.label_field is None else option_path(config.label_field, "--label-field")
+            label = None if config.label_field is None else label_path(config.label_field)
             try:
                 read = itertools.islice(self._source(None), config.limit)
                 records = (one for one in read if self.is_wanted(self.split_of(one[1])))

@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError, nearest
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, Scale, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
-from offline_kto.kto_core.feedback.paths import Path, key_path, option_path
+from offline_kto.kto_core.feedback.paths import Path, key_path, label_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.data_format import DataFormat
 from offline_kto.precompute.feedback.found import Found
@@ -20,6 +21,7 @@ from offline_kto.precompute.records.feedback_columns import (
     feedback_columns,
     is_turned_round,
     is_undesirable,
+    names_in,
     plain_path,
     reversed_options,
 )
@@ -132,14 +134,15 @@ def _nothing_at_label(config: PrecomputeConfig, data_format: DataFormat) -> str 
     path: Path | None = None
     mapping, label = data_format.mapping, data_format.label_paths
     if mapping is None and config.label_field is not None:
-        path = option_path(config.label_field, "--label-field")
+        path = label_path(config.label_field)
     elif (
         mapping is not None and label is not None and mapping.turns is None and mapping.each is None and not mapping.zip
     ):
         path = next(iter(label.paths), None)
     first: tuple[str, Record] | None = None
     for where, record in itertools.islice(data_format.records(None), _LOOKED_AT):
-        if path is None or path.find(record, where) is not None:
+        found = None if path is None else path.find(record, where)
+        if path is None or (any(found.values()) if isinstance(found, dict) else found is not None):
             return None
         first = first or (where, record)
     return None if path is None or first is None else f"{first[0]}: {path.nothing(first[1])}"
@@ -242,8 +245,8 @@ def turned_round(config: PrecomputeConfig, rule: LabelRule) -> FeedbackError | N
         return None
     if any(not is_turned_round(one, values) for one in rule.numbers):  # --up and --down would turn the others round
         return FeedbackError(
-            f"{config.data}: one of the labels is '{name}', which seems to name what is undesirable, but true, 1 and yes are read as "
-            f"desirable ({Scale.of(rule).in_words()}). Describe the file with --map FILE: under `labels`, this one with "
+            f"{config.data}: one of the labels is '{plain_path(name)}', which seems to name what is undesirable, but true, 1 and yes are "
+            f"read as desirable ({Scale.of(rule).in_words()}). Describe the file with --map FILE: under `labels`, this one with "
             "`up: [false]` and `down: [true]`, or with the values it has."
         )
     field = "" if config.label_field is None else f"--label-field {shlex.quote(config.label_field)} "
@@ -260,10 +263,16 @@ def _graded_turned_round(config: PrecomputeConfig) -> FeedbackError | None:
     """Return the error about a rating of what is undesirable, which an option reads as the better the higher; None without one."""
     options = {"--rating-threshold": config.rating_threshold, "--rating-scale": config.rating_scale}
     option = next((name for name, value in options.items() if value is not None), None)
-    name = config.label_field or ""
-    if option is None or not is_undesirable(plain_path(name)):
+    names = names_in(config.label_field or "")
+    name = next(filter(is_undesirable, names), None)
+    if option is None or name is None:
         return None
-    field = f"--label-field {shlex.quote(name)}"
+    if len(names) > 1:
+        return FeedbackError(
+            f"{config.data}: one of the labels is '{name}', which seems to name what is undesirable, but {option} reads a higher rating as "
+            "the more desirable. Describe the file with --map FILE: under `labels`, this one with `up` and `down`."
+        )
+    field = f"--label-field {shlex.quote(config.label_field or '')}"
     return FeedbackError(
         f"{config.data}: the label is '{name}', which seems to name what is undesirable, but {option} reads a higher rating as the more "
         f"desirable. Pass {field} --up '<=LOW' --down '>=HIGH' with numbers of its scale, or {field} --up '>=HIGH' --down '<=LOW' if "
@@ -290,8 +299,12 @@ def _unknown_labels(
     if data_format.mapping is not None and data_format.mapping.pair is not None:  # which has no --up and --down
         up, down = (quoted(list(values), 100) for values in (first.rule.up, first.rule.down))
         return FeedbackError(
-            f"{first} It has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of {up}, the "
-            f"second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+            f"{first} '{first.field}' has {scale.in_words()}. {data_format.mapping.name}: the first answer is better if it is one of "
+            f"{up}, the second if it is one of {down}. A mapping (--map FILE) names other values in a_when and b_when."
+        )
+    if first.rule.scale and (strays := scale.strays(*first.rule.scale)):
+        return FeedbackError(
+            f"{first} Correct {strays}: the other ratings are on the scale. It has {scale.in_words()}."
         )
     proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`
@@ -308,8 +321,6 @@ def _unknown_labels(
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}. A mapping (--map FILE) leaves out all others with `else: leave-out`."
     )
-    if data_format.mapping is not None and data_format.mapping.pair is not None:
-        advice = "Name these values under a_when and b_when of the pair in a mapping (--map FILE)."
     skip = (
         " --on-bad-row skip does not leave out unknown labels: a mapping (--map FILE) does, with `else: leave-out`."
         if config.on_bad_row == "skip"

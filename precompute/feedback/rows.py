@@ -23,7 +23,7 @@ from offline_kto.kto_core.feedback.left_out import (
     OneCountLeftOut,
 )
 from offline_kto.kto_core.feedback.paths import Path as JMESPath
-from offline_kto.kto_core.feedback.paths import option_path
+from offline_kto.kto_core.feedback.paths import label_path, option_path
 from offline_kto.kto_core.feedback.presets import presets, recognised
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow, nested_too_deeply, parse_record
@@ -98,7 +98,7 @@ class Feedback:
         self._fields = FeedbackFields(
             prompt=None if self.mapping else _path(config.prompt_field, "--prompt-field"),
             completion=None if self.mapping else _path(config.completion_field, "--completion-field"),
-            label=None if self.mapping else _path(config.label_field, "--label-field"),
+            label=None if self.mapping or config.label_field is None else label_path(config.label_field),
             weight=None if self.mapping else _path(config.weight_field, "--weight-field"),
             rule=LabelRule() if self.mapping else self._format.rule,
             chat=has_template and chat != "never",
@@ -196,7 +196,8 @@ class Feedback:
 
     def unused_beside(self) -> list[str]:
         """Return the keys beside those that are read in objects, such as "input.system"."""
-        return [name for name, _ in sorted(self._used.beside.items(), key=lambda one: (-one[1], one[0]))]
+        unread = ((name, count) for name, count in self._used.beside.items() if name not in self._fields.read)
+        return [name for name, _ in sorted(unread, key=lambda one: (-one[1], one[0]))]
 
     def columns_of_messages(self) -> set[str]:
         """Return the columns with a list of messages."""
@@ -290,6 +291,8 @@ class Feedback:
                 f"{config.data}: numbers are compared, but some records have a {' and others a '.join(sorted(self._fields.compared))}. "
                 "Name the column with --label-field."
             )
+        if (missing := next(iter(self._used.missing_objectives()), None)) is not None:
+            raise self._nothing_at(missing)
         if self._is_own_label and (error := turned_round(config, self.label_rule)) is not None:
             raise error
         if self._is_own_label and (name := self.label_rule.unclear_rating()) is not None:
@@ -308,8 +311,9 @@ class Feedback:
     def _nowhere(self) -> FeedbackError | None:
         """Return the error about a path of the weight or of the votes that no record has; None without one."""
         path = next(iter(self._used.nowhere()), None)
-        if path is None:
-            return None
+        return None if path is None else self._nothing_at(path)
+
+    def _nothing_at(self, path: JMESPath) -> FeedbackError:
         last = path.text.rpartition(".")[2].strip('"')
         return FeedbackError(
             f"{self._config.data}: {path.source}: no record has a value at {quoted(path.text)}."
@@ -325,7 +329,7 @@ class Feedback:
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
         unused = self.unused_columns()
-        contradictions = self._contradictions.in_words(unused)
+        contradictions = self._contradictions.in_words([*unused, *self.unused_beside()])
         notes = [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
         return [printable(note) for note in notes]
 
@@ -400,8 +404,7 @@ class Feedback:
             if self.mapping is None:
                 self._used.look_up(record, where)
                 rows = parse_record(record, where, self._fields)
-                if len(rows) == 1:
-                    self._contradictions.add(record, rows[0].label, where)
+                self._contradictions.add(record, rows)
                 if "instruction" in record and names_no_value(record.get("input")):  # a part of the user's message
                     self._missing_inputs.add(where)
                 yield from rows

@@ -42,12 +42,16 @@ CONVERSATIONS = (
     *("dialogue_id", "dialogueId", "dialog_id", "dialogId", *_SESSIONS),
 )
 _CONVERSATIONS = frozenset(CONVERSATIONS)
-# Columns that say that an answer failed, was cut or was deleted, with the words for it; empty for any value but false.
+# Columns that say that an answer failed, was cut or was deleted, or its vote withdrawn, with the words for it; empty for any value but
+# false.
 FAILURES: Final = {
     "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled")),
     "finish_reason": frozenset(("length", "content_filter", "error")),
     "stop_reason": frozenset(("length", "max_tokens", "content_filter", "error")),
-    **dict.fromkeys(("error", "deleted", "is_deleted"), frozenset[str]()),
+    "level": frozenset(("error",)),
+    **dict.fromkeys(("error", "error_message", "exception", "traceback"), frozenset[str]()),
+    **dict.fromkeys(("deleted", "is_deleted", "deleted_at", "deletedAt"), frozenset[str]()),
+    **dict.fromkeys(("withdrawn", "is_withdrawn", "retracted", "revoked"), frozenset[str]()),
 }
 
 
@@ -147,8 +151,8 @@ class Suspicions:
         for name, places in sorted(self.failed.items()):
             if name in unused:
                 found.append(
-                    f"records whose '{name}' suggests that the answer failed, was cut or was deleted: {places}. Remove them, or "
-                    "leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
+                    f"records whose '{name}' suggests that the answer failed, was cut or was deleted, or its vote withdrawn: {places}. "
+                    "Remove them, or leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
                 )
         if self.media:
             found.append(

@@ -16,7 +16,6 @@ from offline_kto.kto_core.feedback.columns import (
     FeedbackFields,
     read_in_form,
 )
-from offline_kto.kto_core.feedback.judged_messages import JUDGED_KEYS
 from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
 from offline_kto.kto_core.feedback.left_out import LeftOut
@@ -33,6 +32,7 @@ from offline_kto.precompute.feedback.context_keys import (
     unread_context,
     unusual,
 )
+from offline_kto.precompute.feedback.contradictions import VERDICTS
 
 # Columns with lists of messages that the native formats read.
 _MESSAGES = (*CONVERSATIONS, *PROMPTS, *COMPLETIONS, "chosen", "rejected", "history")
@@ -41,7 +41,7 @@ _OF_MESSAGES = tuple(f"{name}[]" for name in _MESSAGES)
 
 # A path that makes an object of two plain paths.
 _OBJECT = re.compile(r"\{[^{}\[\]()]*\}")
-_MEMBER = re.compile(r"(\w+)\s*:\s*([^,{}]+?)\s*(?=[,}])")
+_MEMBER = re.compile(r"""(\w+|"[^"]*")\s*:\s*([^,{}]+?)\s*(?=[,}])""")
 
 # Records that are looked at even if their keys are those of an earlier one: later ones only if a name in them is new.
 _LOOKED_AT = 1000
@@ -122,7 +122,9 @@ class UsedColumns:
         if mapping is not None:
             weight, self._votes = mapping.weight, [] if self._label is None else _votes_in(self._label)
         self._weight = [] if weight is None else [weight]
-        self._needed = [*self._weight, *(path for pair in self._votes for path in pair)]
+        option = fields.label if mapping is None else None if self._label is None else self._label.path
+        self._objectives = [] if option is None or any(self._votes) else [*_members_of(option).values()]
+        self._needed = [*self._weight, *(path for pair in self._votes for path in pair), *self._objectives]
         self._unmatched = [*self._needed] if mapping is None else [*self._paths, *_paths_of_turns(mapping)]
         self._of_mapping = [*self._unmatched] if mapping is not None else []
         self._unmatched += [path for path in self._needed if path not in self._unmatched]
@@ -161,7 +163,7 @@ class UsedColumns:
             return frozenset()
         messages = [one for value in texts if isinstance(value, list) for one in unusual(value)]
         items = (item for one in messages if isinstance(one, dict) for item in one.items())
-        return frozenset(key for key, value in items if value or type(value) in (int, float))
+        return frozenset(key for key, value in items if not _says_nothing(key, value))
 
     def _look(self, record: AnyMapping[str, Any], shape: Shape) -> Look:
         found: set[Route] = set().union(*(path.routes(record) for path in self._paths))
@@ -205,8 +207,8 @@ class UsedColumns:
             self._keys[text] |= keys
 
     def _is_unread(self, key: str) -> bool:
-        """Return whether a key of a message is read neither here nor by the chat template."""
-        if key in MESSAGE_KEYS or key in JUDGED_KEYS or key.startswith("message."):
+        """Return whether a key of a message is read neither here nor by the chat template. Its label may be one of them."""
+        if key in MESSAGE_KEYS or key.startswith("message."):
             return False
         return re.search(rf"\b{re.escape(key)}\b", self._fields.rendered.template) is None
 
@@ -237,6 +239,11 @@ class UsedColumns:
         # Without both numbers the records are unrated.
         of_votes = [paths[0] for paths in missing if len(paths) == 1]
         return [*(path for path in self._weight if path in self._unmatched), *of_votes]
+
+    def missing_objectives(self) -> list[Path]:
+        """Return the paths of objectives, as --label-field names them, that have no value in any record although others have one."""
+        missing = [path for path in self._objectives if path in self._unmatched]
+        return missing if len(missing) < len(self._objectives) else []
 
     def keys_beside(self, path: Path) -> list[str]:
         """Return the keys that records have where such a path has none."""
@@ -322,10 +329,14 @@ def _votes_in(label: LabelPaths) -> list[list[Path]]:
 
 def _counts_at(label: Path) -> list[Path]:
     """Return the paths of both numbers in a path such as `{up: UpVotes, down: DownVotes}`; empty for any other."""
+    found = _members_of(label)
+    return [*found.values()] if tuple(found) in (*COUNTS, *(names[::-1] for names in COUNTS)) else []
+
+
+def _members_of(label: Path) -> dict[str, Path]:
+    """Return the paths in one that makes an object of plain paths, by their names; empty for any other."""
     found = dict(_MEMBER.findall(label.text)) if _OBJECT.fullmatch(label.text.strip()) else {}
-    if tuple(found) not in (*COUNTS, *(names[::-1] for names in COUNTS)):
-        return []
-    return [option_path(text, label.source) for text in found.values()]
+    return {name: option_path(text, label.source) for name, text in found.items()}
 
 
 def _parent(path: Path) -> Route:
@@ -396,7 +407,9 @@ def _in_lists(
 
 def _says_nothing(key: object, value: object) -> bool:
     """Return whether a key of a message says nothing: it is empty, a flag that is not set, or the usual weight."""
-    return value in (None, "", [], {}) or value is False or (key == "weight" and value == 1)
+    if value is False:
+        return key not in VERDICTS
+    return value in (None, "", [], {}) or (key == "weight" and value == 1)
 
 
 def _object_at(record: AnyMapping[str, Any], route: Route) -> dict[str, Any]:

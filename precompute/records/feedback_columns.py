@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from offline_kto.kto_core.feedback.columns import CONVERSATIONS
-from offline_kto.kto_core.feedback.labels import Scale, has_no_value, number_in, usual_label
+from offline_kto.kto_core.feedback.labels import has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
+from offline_kto.kto_core.feedback.scales import Scale
 from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.precompute.records.text_files import Located
 
@@ -39,6 +40,8 @@ _DENIED = re.compile(
 )
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
+# An expression with a name and a path for each objective.
+_OBJECTIVES = re.compile(r"(?:[^{}]*\.)?\{([^{}]*)\}")
 # Parts of an expression that find the object of a name: [?name=='toxicity'] | [0].
 _BY_NAME = re.compile(r"""\[\?\s*\w+\s*==\s*[`'"]+([^`'"]*)[`'"]+\s*\](?:\s*\|\s*(?=\[))?""")
 # Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
@@ -55,6 +58,8 @@ _OPPOSITES = (
         ("Likes", "Dislikes"),
     ),
 )
+# Keys of a vote that belongs to one message of several.
+_OF_A_TURN = re.compile("message|turn|index|step|run", re.IGNORECASE)
 _MOST_RECORDS = 10_000
 _MOST_COLUMNS = 8
 # A text column with more different values is not a scale.
@@ -117,6 +122,14 @@ def plain_path(path: str) -> str:
     return found if _PLAIN_PATH.fullmatch(found) is not None else ""
 
 
+def names_in(path: str) -> list[str]:
+    """Return the names in an option for labels: one, or those of several objectives, with their paths."""
+    members = _OBJECTIVES.fullmatch(path.strip())
+    if members is None:
+        return [plain_path(one) for one in path.split(",")]
+    return [plain_path(name.strip()) for member in members[1].split(",") for name in member.split(":")]
+
+
 def is_turned_round(path: str, values: Iterable[str]) -> bool:
     """Return whether the usual meaning of a column's values would make what is undesirable desirable.
 
@@ -160,6 +173,10 @@ def _values(record: Mapping[str, Any], prefix: str = "", depth: int = _DEPTH) ->
         if isinstance(value, Mapping) and depth > 1:
             inside = _values(value, f"{path}.", depth - 1)
             yield from ((name, one) for name, one in inside)
+        elif isinstance(value, list) and depth > 1 and _NAMES.search(key):  # of several raters
+            for vote in value:
+                if isinstance(vote, Mapping) and not any(map(_OF_A_TURN.search, vote)):
+                    yield from _values(vote, f"{path}[].", 1)
         elif has_no_value(value) or isinstance(value, list | Mapping):
             continue
         elif isinstance(value, bool) or _NAMES.search(key) or (_NAMES.search(path) and _is_mark(value)):
