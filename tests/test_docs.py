@@ -164,20 +164,9 @@ def test_readme_is_one_that_is_read_to_the_end() -> None:
 def test_flags_of_a_page_exist(page: str) -> None:
     known = {flag(field.name) for config in TABLES.values() for field in dataclasses.fields(config)}
     known |= {field.metadata["off"] for config in TABLES.values() for field in dataclasses.fields(config)}
-    known |= {
-        "--config",
-        "--help",
-        "--rows",
-        "--version",
-        "--check",
-        "--kinds",
-        "--markdown",
-        "--dry",
-        "--minutes",
-        "--only",
-        "--readers",
-        "--trl-python",
-    }  # the last ones: of benchmarks
+    known |= {"--config", "--help", "--version"}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     own = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     for name in set(re.findall(r"`(--[a-z][a-z-]+)", own)):
         assert name in known, name

@@ -455,7 +455,7 @@ class TestManyShards:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     def test_a_system_that_does_not_allow_them(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("offline_kto.train.data.shard_files.resource.getrlimit", lambda _: (64, 64))
+        monkeypatch.setattr("offline_kto.train.data.verified_file.resource.getrlimit", lambda _: (64, 64))
         with pytest.raises(CacheError, match="allows 64 open files"):
             CacheRows(cache)
 
