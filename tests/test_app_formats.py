@@ -106,8 +106,9 @@ def test_a_file_becomes_its_rows_in_any_container(tmp_path: Path, name: str, for
         keys = dict.fromkeys(key for one in records for key in one)
         records = [{key: None if one.get(key) is None else _cell(one[key]) for key in keys} for one in records]
     path = write(tmp_path / f"file.{form}", records)
-    rows, left_out, name_of_format, _ = read(path, **case.options)
+    rows, left_out, name_of_format, found = read(path, **case.options)
     assert rows == case.rows
+    assert not [note for note in found.notes() if "contradicts" in note]
     assert left_out == case.left_out
     assert name_of_format == presets()[case.preset].name
 

@@ -1937,6 +1937,46 @@ def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_p
     assert "two scores" in refusal(as_jsonl(tmp_path, [record]), ConfigError, map=str(mapping))
 
 
+BEAVERTAILS = {"prompt": "q", "response": "a", "category": "none"}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("is_safe", "beside", "words"),
+    [
+        ((True, False), ("down", "down"), "'thumbs' contradicts the label that was read in 1 of 2 rows"),
+        ((True, False), (["down"], ["up"]), "'thumbs' contradicts the label that was read in 2 of 2 rows"),
+        ((True, False), ("up", "down"), ""),
+    ],
+)
+def test_other_verdicts_beside_a_recognised_format_are_compared(tmp_path, container, is_safe, beside, words):
+    records = [{**BEAVERTAILS, "is_safe": safe, "thumbs": thumbs} for safe, thumbs in zip(is_safe, beside, strict=True)]
+    _, _, found = read(container(tmp_path, records))
+    assert found.mapping.name == "BeaverTails"
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(words)
+    assert all(words in note and "pass --label-field thumbs" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "against"),
+    [
+        ("prompt: q\ncompletion: a\nlabel: {path: mine, up: [good], down: [poor]}\n", 2),
+        ("prompt: q\ncompletion: a\nlabel: {path: rating, up: ['>=4'], down: ['<=2']}\n", 0),  # it is read itself
+        ("each: several\nprompt: q\ncompletion: item.a\nlabel: item.vote\n", 0),  # a rating of several answers
+    ],
+)
+def test_other_verdicts_beside_a_mapping_are_compared(tmp_path, mapping, against):
+    several = [{"a": "b", "vote": "up"}, {"a": "c", "vote": "down"}]
+    record = {"q": "q", "a": "a", "several": several}
+    records = [{**record, "mine": "good", "rating": 1}, {**record, "mine": "poor", "rating": 5}]
+    (tmp_path / "m.yaml").write_text(f"name: mine\n{mapping}")
+    _, _, found = read(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    assert all(f"'rating' contradicts the label that was read in {against} of 2 rows" in note for note in notes)
+
+
 @pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
 @pytest.mark.parametrize(
     ("label", "key", "votes", "against", "proposal"),

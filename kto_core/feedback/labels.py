@@ -188,7 +188,7 @@ class LabelRule:
 
     def unclear_rating(self) -> str | None:
         """Return a field that is named like a rating and has the value 1 only: the best of 0 and 1, or the worst of 1 to 5."""
-        fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and _RATING.search(name))
+        fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and is_rating_name(name))
         return next(fields, None)
 
     def count(self, value: object, destination: str) -> None:
@@ -238,6 +238,11 @@ def _listed(values: Sequence[object]) -> str:
 def _shown(kind: str, value: bool | int | float | str) -> str:
     """Return a value as the plan shows it; `kind` tells 1 from true."""
     return quoted(value, _SHORT)
+
+
+def is_rating_name(name: str) -> bool:
+    """Return whether a column's numbers are usually on a scale, by its name."""
+    return _RATING.search(name) is not None
 
 
 def usual_label(value: object) -> bool | None:

@@ -60,12 +60,18 @@ class Scale:
         """Return whether all values are numbers, or say that there is none."""
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
-    def verdict(self, shown: str) -> bool | None:
-        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
+    def verdict(self, shown: str, *, is_rating: bool = True) -> bool | None:
+        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear.
+
+        Args:
+            is_rating: whether a 1 without other numbers may be the worst of a scale.
+        """
         value = _parsed(shown)
         number, counts = number_in(value), self._numbers()
         if number is None:
             return usual_label(value)
+        if len(counts) == 1:
+            return _alone(number, is_rating=is_rating)
         cut = _cut(counts)
         if cut is None or cut.other_way or number in _outliers(counts):
             return None
@@ -145,6 +151,13 @@ def _cut(counts: Counter[float]) -> _Cut | None:
     far = f"{_with_counts(counts, outliers)} {'is' if len(outliers) == 1 else 'are'} far from the others: correct such ratings first, "
     far += "or clear them if they mean that nobody rated"
     return cut._replace(note=f"{cut.note}; {far}" if cut.note else far)
+
+
+def _alone(number: float, *, is_rating: bool) -> bool | None:
+    """Return what a number means without others: an end of a usual scale is a verdict, and any other number is not clear."""
+    if number == 1:
+        return None if is_rating else True
+    return True if number in _ENDS else False if number in (0, -1) else None
 
 
 def _with_counts(counts: Counter[float], numbers: Collection[float]) -> str:
