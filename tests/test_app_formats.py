@@ -548,6 +548,17 @@ def test_values_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "contradict" in refusal(write(tmp_path / "g.jsonl", [judged]))
 
 
+@pytest.mark.parametrize("value", ["so so", [{"value": "up"}]])
+def test_errors_about_labels_name_keys_in_place_of_a_preset_s_expression(tmp_path: Path, value: Any) -> None:
+    records = [{**DIFY.records[1], "feedback_rating": value, "feedback_rating_raw": value}]
+    message = refusal(write(tmp_path / "f.jsonl", records))
+    assert "'feedback_rating, feedback_rating_raw" in message
+    assert "agreed(" not in message
+    unrated = [{**DIFY.records[1], "feedback_rating": "", "feedback_rating_raw": None}]
+    message = refusal(write(tmp_path / "g.jsonl", unrated))
+    assert 'the feedback is read from "feedback_rating, feedback_rating_raw"' in message
+
+
 def test_an_arena_battle_with_two_winners_is_a_tie(tmp_path: Path) -> None:
     battle = {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]', "winner_tie": 0}
     records = [{**battle, "winner_model_a": a, "winner_model_b": b} for a, b in ((1, 1), (0, 1))]

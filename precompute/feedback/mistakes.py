@@ -90,7 +90,7 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         path = label.path  # the format defines where the label is, so the records are unrated
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
-            f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
+            f"{quoted(path.name_in({}), 200)}. Check that the export contains it, or name another field with --label-field."
         )
     if (nothing := _nothing_at_label(config, data_format)) is not None:
         reasons = f"{reasons}; {nothing}"
@@ -326,4 +326,5 @@ def _unknown_labels(
         if config.on_bad_row == "skip"
         else ""
     )
-    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}{skip}")
+    named = f"'{first.field}'" if first.field == plain_path(first.field) else "It"  # no expression of a preset
+    return FeedbackError(f"{first} {named} has {scale.in_words()}. {advice}{skip}")
