@@ -207,7 +207,11 @@ def _about(error: FeedbackError, path: Path, data: Mapping[str, Any]) -> Feedbac
     if isinstance(error, UnknownLabelError):
         error = error.about(key)
     said = str(error).replace(f"'{path.text}", f"'{key or path.name_in(data)}")
-    return UnknownLabelError(said, error.field, error.rule) if isinstance(error, UnknownLabelError) else FeedbackError(said)
+    return (
+        UnknownLabelError(said, error.field, error.rule)
+        if isinstance(error, UnknownLabelError)
+        else FeedbackError(said)
+    )
 
 
 def _each(value: object) -> list[object]:

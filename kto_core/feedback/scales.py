@@ -243,9 +243,7 @@ class _Grade(NamedTuple):
             return None
         filled, empty = (side.replace("\ufe0f", "") for side in found.groups())
         most = len(filled) + len(empty) if empty else max(len(filled), _MOST_STARS)
-        return cls(
-            len(filled), most, {one: filled[0] * one + empty[:1] * (most - one) for one in range(1, most + 1)}
-        )
+        return cls(len(filled), most, {one: filled[0] * one + empty[:1] * (most - one) for one in range(1, most + 1)})
 
 
 def _proposed_grades(grades: Mapping[str, _Grade]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError, nearest
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import DECIMAL_COMMA, GRADED, SHARE, LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, label_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
@@ -27,7 +27,6 @@ from offline_kto.precompute.records.feedback_columns import (
 )
 from offline_kto.precompute.records.text_files import Record
 
-_DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 # Records in which the label is looked for.
@@ -317,7 +316,7 @@ def _unknown_labels(
         else "These are usual words for labels: remove --up and --down."
         if scale.is_usual and config.up is not None and config.down is not None
         else "Write decimal numbers with a point."
-        if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
+        if any(DECIMAL_COMMA.fullmatch(value.strip('"')) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}. A mapping (--map FILE) leaves out all others with `else: leave-out`."
     )
