@@ -229,8 +229,9 @@ def test_a_score_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path
 
 def test_up_and_down_count_in_a_recognised_format(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", LANGFUSE_TWO.records)
-    rows, left_out, _, _ = read(path, label_field="judge", up=">=0.9", down="<0.5")
+    rows, left_out, _, found = read(path, label_field="judge", up=">=0.9", down="<0.5")
     assert rows == [row("c?", "d", True), row("e?", "f", False)]
+    assert not found.notes()  # the other score may judge something else
     assert left_out == {"between up and down": 1}
     path = write(tmp_path / "g.jsonl", OPENAI_PREFERENCE.records)
     assert "--map" in refusal(path, up="1")  # pairs have no label that it could change

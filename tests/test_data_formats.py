@@ -1976,9 +1976,17 @@ def test_other_verdicts_beside_a_recognised_format_are_compared(tmp_path, contai
     ],
 )
 def test_other_verdicts_beside_a_mapping_are_compared(tmp_path, mapping, against):
-    several = [{"a": "b", "vote": "up"}, {"a": "c", "vote": "down"}]
-    record = {"q": "q", "a": "a", "several": several}
-    records = [{**record, "mine": "good", "rating": 1}, {**record, "mine": "poor", "rating": 5}]
+    beside = {"good": {"rating": 1, "vote": "up"}, "poor": {"rating": 5, "vote": "down"}}
+    records = [
+        {
+            "q": "q",
+            "a": "a",
+            "mine": mine,
+            "rating": one["rating"],
+            "several": [{"a": "b", "vote": one["vote"]}, {"a": "c"}],
+        }
+        for mine, one in beside.items()
+    ]
     (tmp_path / "m.yaml").write_text(f"name: mine\n{mapping}")
     _, _, found = read(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
     notes = [note for note in found.notes() if "contradicts" in note]
