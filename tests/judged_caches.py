@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import read_manifest, write_manifest
 from offline_kto.kto_core.cache.manifest_fields import OptionalEntries, Sections
 from offline_kto.kto_core.cache.shards import shard_name, write_shard
@@ -41,6 +42,7 @@ def rewritten(cache: Path, out: Path, change: Callable[[int, Row], list[Row]]) -
     path = out / shard_name(0)
     write_shard(path, rows, {"number": 0})  # type: ignore[arg-type]
     entry = {"file": shard_name(0), "rows": len(rows), "bytes": path.stat().st_size}
+    optional = _optional(rows[0])
     sections: Sections = {
         "reference": manifest.reference,
         "tokenizer": manifest.tokenizer,
@@ -52,12 +54,12 @@ def rewritten(cache: Path, out: Path, change: Callable[[int, Row], list[Row]]) -
             "kept": len(rows),
             "desirable": sum(row["label"] for row in rows),
             "undesirable": sum(not row["label"] for row in rows),
-            "labels_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "labels_hash": labels_hash_of([path], optional.get("columns", [])),
         },
         "run": manifest.run,
     }
     shard = {**entry, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    write_manifest(out, sections, [shard], manifest.fingerprint, optional=_optional(rows[0]))  # type: ignore[list-item]
+    write_manifest(out, sections, [shard], manifest.fingerprint, optional=optional)  # type: ignore[list-item]
     return out
 
 

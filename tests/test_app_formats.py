@@ -106,8 +106,9 @@ def test_a_file_becomes_its_rows_in_any_container(tmp_path: Path, name: str, for
         keys = dict.fromkeys(key for one in records for key in one)
         records = [{key: None if one.get(key) is None else _cell(one[key]) for key in keys} for one in records]
     path = write(tmp_path / f"file.{form}", records)
-    rows, left_out, name_of_format, _ = read(path, **case.options)
+    rows, left_out, name_of_format, found = read(path, **case.options)
     assert rows == case.rows
+    assert not [note for note in found.notes() if "contradicts" in note]
     assert left_out == case.left_out
     assert name_of_format == presets()[case.preset].name
 
@@ -228,8 +229,9 @@ def test_a_score_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path
 
 def test_up_and_down_count_in_a_recognised_format(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", LANGFUSE_TWO.records)
-    rows, left_out, _, _ = read(path, label_field="judge", up=">=0.9", down="<0.5")
+    rows, left_out, _, found = read(path, label_field="judge", up=">=0.9", down="<0.5")
     assert rows == [row("c?", "d", True), row("e?", "f", False)]
+    assert not found.notes()  # the other score may judge something else
     assert left_out == {"between up and down": 1}
     path = write(tmp_path / "g.jsonl", OPENAI_PREFERENCE.records)
     assert "--map" in refusal(path, up="1")  # pairs have no label that it could change
@@ -545,6 +547,17 @@ def test_values_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "contradict" in refusal(write(tmp_path / "f.jsonl", [contradictory]))
     judged = span([{"message.role": "user", "message.content": "Hi"}], "Hello", "thumbs-down", 1.0)
     assert "contradict" in refusal(write(tmp_path / "g.jsonl", [judged]))
+
+
+@pytest.mark.parametrize("value", ["so so", [{"value": "up"}]])
+def test_errors_about_labels_name_keys_in_place_of_a_preset_s_expression(tmp_path: Path, value: Any) -> None:
+    records = [{**DIFY.records[1], "feedback_rating": value, "feedback_rating_raw": value}]
+    message = refusal(write(tmp_path / "f.jsonl", records))
+    assert "'feedback_rating, feedback_rating_raw" in message
+    assert "agreed(" not in message
+    unrated = [{**DIFY.records[1], "feedback_rating": "", "feedback_rating_raw": None}]
+    message = refusal(write(tmp_path / "g.jsonl", unrated))
+    assert 'the feedback is read from "feedback_rating, feedback_rating_raw"' in message
 
 
 def test_an_arena_battle_with_two_winners_is_a_tie(tmp_path: Path) -> None:

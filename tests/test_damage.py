@@ -64,19 +64,21 @@ def entry(content: dict[str, Any], name: str = SHARD) -> dict[str, Any]:
     return found
 
 
-def declare(refs: Path) -> None:
+def declare(refs: Path, name: str = SHARD) -> None:
     """Let the manifest vouch for the shard as it is now."""
-    path = refs / SHARD
-    change_manifest(refs, lambda content: entry(content).update(bytes=path.stat().st_size, sha256=file_hash(path)))
+    path = refs / name
+    change_manifest(
+        refs, lambda content: entry(content, name).update(bytes=path.stat().st_size, sha256=file_hash(path))
+    )
 
 
-def change_rows(refs: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+def change_rows(refs: Path, change: Callable[[list[dict[str, Any]]], object], name: str = SHARD) -> None:
     """Other values in a shard of valid Parquet, which the manifest vouches for."""
-    table = pq.read_table(refs / SHARD)
+    table = pq.read_table(refs / name)
     rows = table.to_pylist()
     change(rows)
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), refs / SHARD)
-    declare(refs)
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), refs / name)
+    declare(refs, name)
 
 
 def set_score(rows: list[dict[str, Any]], value: float, column: str = "ref_token_logps") -> None:
@@ -84,6 +86,15 @@ def set_score(rows: list[dict[str, Any]], value: float, column: str = "ref_token
     scores[0] = value
     rows[2]["ref_logps"] = float(sum(rows[2]["ref_token_logps"]))
     rows[2]["ref_kl_logps"] = [float(sum(one)) for one in rows[2]["ref_kl_token_logps"]]
+
+
+def swap_labels(refs: Path) -> None:
+    """Let the labels of two rows change places: the number of desirable rows stays as it is."""
+    shards = [f"train/0000{number}.parquet" for number in range(5)]
+    labels = {name: pq.read_table(refs / name, columns=["label"]).column("label")[0].as_py() for name in shards}
+    for wanted in (True, False):
+        name = next(name for name, label in labels.items() if label is wanted)
+        change_rows(refs, lambda rows, wanted=wanted: rows[0].update(label=not wanted), name)  # type: ignore[misc]
 
 
 def flip(path: Path, at: int, bit: int = 1) -> None:
@@ -214,6 +225,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda refs: change_manifest(refs, lambda content: content["tokenization"].update(max_length=64)),
         "manifest.json",
         "does not match its own fingerprint",
+    ),
+    "two labels swapped": (
+        swap_labels,
+        "manifest.json",
+        r"labels, masses, pairs, .* \(labels_hash differs\). Run the same kto-precompute again",
     ),
     "edited counts": (
         lambda refs: change_manifest(refs, lambda content: content["data"].update(desirable=3)),

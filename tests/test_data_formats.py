@@ -12,7 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError
-from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NOT_CHOSEN, OTHER_SPLIT, SAME_ANSWERS, TIE, UNRATED
+from offline_kto.kto_core.feedback.left_out import (
+    CORRECTED,
+    EMPTY,
+    MEDIA,
+    NOT_CHOSEN,
+    OTHER_SPLIT,
+    SAME_ANSWERS,
+    TIE,
+    UNRATED,
+)
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.feedback.rows import Feedback
 
@@ -1937,6 +1946,54 @@ def test_scores_of_a_mapping_that_contradict_the_better_answer_are_refused(tmp_p
     assert "two scores" in refusal(as_jsonl(tmp_path, [record]), ConfigError, map=str(mapping))
 
 
+BEAVERTAILS = {"prompt": "q", "response": "a", "category": "none"}
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("is_safe", "beside", "words"),
+    [
+        ((True, False), ("down", "down"), "'thumbs' contradicts the label that was read in 1 of 2 rows"),
+        ((True, False), (["down"], ["up"]), "'thumbs' contradicts the label that was read in 2 of 2 rows"),
+        ((True, False), ("up", "down"), ""),
+    ],
+)
+def test_other_verdicts_beside_a_recognised_format_are_compared(tmp_path, container, is_safe, beside, words):
+    records = [{**BEAVERTAILS, "is_safe": safe, "thumbs": thumbs} for safe, thumbs in zip(is_safe, beside, strict=True)]
+    _, _, found = read(container(tmp_path, records))
+    assert found.mapping.name == "BeaverTails"
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(words)
+    assert all(words in note and "pass --label-field thumbs" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "against"),
+    [
+        ("prompt: q\ncompletion: a\nlabel: {path: mine, up: [good], down: [poor]}\n", 2),
+        ("prompt: q\ncompletion: a\nlabel: {path: rating, up: ['>=4'], down: ['<=2']}\n", 0),  # it is read itself
+        ("each: several\nprompt: q\ncompletion: item.a\nlabel: item.vote\n", 0),  # a rating of several answers
+    ],
+)
+def test_other_verdicts_beside_a_mapping_are_compared(tmp_path, mapping, against):
+    beside = {"good": {"rating": 1, "vote": "up"}, "poor": {"rating": 5, "vote": "down"}}
+    records = [
+        {
+            "q": "q",
+            "a": "a",
+            "mine": mine,
+            "rating": one["rating"],
+            "several": [{"a": "b", "vote": one["vote"]}, {"a": "c"}],
+        }
+        for mine, one in beside.items()
+    ]
+    (tmp_path / "m.yaml").write_text(f"name: mine\n{mapping}")
+    _, _, found = read(as_jsonl(tmp_path, records), map=str(tmp_path / "m.yaml"))
+    notes = [note for note in found.notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    assert all(f"'rating' contradicts the label that was read in {against} of 2 rows" in note for note in notes)
+
+
 @pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
 @pytest.mark.parametrize(
     ("label", "key", "votes", "against", "proposal"),
@@ -2170,3 +2227,95 @@ def test_a_vote_on_the_message_of_the_answer_is_compared(tmp_path):
 def test_a_verdict_for_the_rejected_side_is_refused(tmp_path, name):
     record = {"prompt": "q", "chosen": "a", "rejected": "b", name: "Rejected"}
     assert f"'{name}' is \"Rejected\", so 'rejected' is better than 'chosen'" in refusal(as_jsonl(tmp_path, [record]))
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("beside", "name", "value"),
+    [
+        ({"chosen_score": "4,5", "rejected_score": "5"}, "chosen_score", '"4,5"'),
+        ({"chosen_rating": 4, "rejected_rating": " 3,5 "}, "rejected_rating", '" 3,5 "'),
+        ({"scores": {"chosen": "4,5", "rejected": 4}}, "scores.chosen", '"4,5"'),
+        ({"margin": "-0,5"}, "margin", '"-0,5"'),
+    ],
+)
+def test_ratings_of_a_pair_with_a_decimal_comma_are_refused(tmp_path, beside, name, value):
+    message = refusal(as_jsonl(tmp_path, [{**PAIR, **beside}]))
+    assert f"f.jsonl:1: '{name}' is {value}. Write decimal numbers with a point." in message
+
+
+@pytest.mark.parametrize(
+    ("beside", "unused"),
+    [
+        ({"winner": "B"}, ["winner"]),
+        ({"winner": "Chosen"}, []),
+        ({"margin": "large"}, ["margin"]),
+        ({"margin": 1}, []),
+        ({"chosen_score": "good", "rejected_score": "bad"}, ["chosen_score", "rejected_score"]),
+        ({"chosen_score": 2, "rejected_score": 1}, []),
+    ],
+)
+def test_columns_of_a_pair_that_say_nothing_are_listed_as_not_read(tmp_path, beside, unused):
+    rows, _, found = read(as_jsonl(tmp_path, [{**PAIR, **beside}]))
+    assert [label for _, label, _ in rows] == [True, False]
+    assert found.unused_columns() == unused
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv], ids=name_of)
+@pytest.mark.parametrize(
+    ("output", "key"),
+    [
+        ({"choices": [{"finish_reason": "length", "message": assistant("a")}]}, "output.choices[].finish_reason"),
+        ({"choices": [{"finish_reason": "stop", "message": assistant("a")}]}, ""),
+        ({"stop_reason": "max_tokens", "content": [{"type": "text", "text": "a"}]}, "output.stop_reason"),
+        (
+            {"candidates": [{"finishReason": "MAX_TOKENS", "content": {"role": "model", "parts": [{"text": "a"}]}}]},
+            "output.candidates[].finishReason",
+        ),
+        ({"answer": "its finish_reason is length"}, ""),
+    ],
+)
+def test_logged_answers_that_were_cut_are_warned_of(tmp_path, container, output, key):
+    call = {"id": "t", "timestamp": "2026-01-01", "name": "n", "input": "q", "output": output, "metadata": {}}
+    found = read(container(tmp_path, [{**call, "scores": [{"name": "thumb", "value": 1}]}]))[2]
+    notes = [note for note in found.notes() if "was cut" in note]
+    assert len(notes) == bool(key)
+    assert all(f"records whose '{key}" in note for note in notes)
+
+
+def test_an_earlier_answer_that_is_empty_is_warned_of(tmp_path):
+    talk = [user("q"), assistant(""), user("r"), assistant("a")]
+    call = {**assistant(""), "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": {}}}]}
+    called = [user("q"), call, {"role": "tool", "tool_call_id": "c", "content": "1"}, assistant("a")]
+    path = as_jsonl(tmp_path, [{"messages": called, "label": True}, {"messages": talk, "label": False}])
+    feedback = Feedback(PrecomputeConfig(model="m", data=str(path)), has_template=True)
+    for row in feedback.rows():
+        feedback.keep(row)
+    (note,) = feedback.notes()
+    assert note.startswith("rows with an earlier answer that is empty: 1 (first: f.jsonl:2).")
+
+
+def test_a_correction_alone_is_counted_as_one(tmp_path):
+    call = {"id": "t", "timestamp": "2026-01-01", "name": "n", "input": "q", "output": "a", "metadata": {}}
+    fix = {"name": "fix", "dataType": "CORRECTION", "stringValue": "better", "value": 0}
+    thumb = {"name": "thumb", "value": 1, "dataType": "NUMERIC"}
+    records = [{**call, "scores": scores} for scores in ([fix], [thumb, fix], [])]
+    rows, left_out, _ = read(as_jsonl(tmp_path, records))
+    assert [label for _, label, _ in rows] == [True]
+    assert left_out == {CORRECTED: 1, UNRATED: 1}
+    assert "corrected, but not rated" in refusal(as_jsonl(tmp_path, records[:1]))
+
+
+@pytest.mark.parametrize("contents", ["Hi", ["Hi"]])
+def test_contents_that_are_text_are_the_question_of_a_call(tmp_path, contents):
+    record = {
+        "op_name": "weave:///x",
+        "inputs": {"model": "m", "contents": contents},
+        "output": {"candidates": [{"content": {"parts": [{"text": "Hello"}], "role": "model"}}]},
+        "summary": {"weave": {"feedback": [{"feedback_type": "wandb.reaction.1", "payload": {"emoji": "\U0001f44d"}}]}},
+    }
+    assert read(as_jsonl(tmp_path, [record]))[0] == [(["Hi", "Hello"], True, False)]
+    record["inputs"] |= {"question": "And you?", "contents": "some text"}  # which is another's
+    assert read(as_jsonl(tmp_path, [record]))[0] == [(["And you?", "Hello"], True, False)]

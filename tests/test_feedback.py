@@ -867,6 +867,33 @@ def test_tools(tools):
     assert row.tools == (TOOL,)
 
 
+@pytest.mark.parametrize("key", ["input_schema", "inputSchema"])
+def test_tools_of_anthropic_s_are_converted(key):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    given = {"name": "w", "description": "d", key: schema, "cache_control": {"type": "ephemeral"}}
+    served = {"type": "web_search_20250305", "name": "web_search"}
+    row = one({"messages": [user("q"), assistant("a")], "label": 1, "tools": [given, TOOL, served]})
+    converted = {"type": "function", "function": {"name": "w", "description": "d", "parameters": schema}}
+    assert row.tools == (converted, TOOL, served)
+
+
+def test_results_of_the_last_message_s_own_calls_are_left_away():
+    called = {"type": "tool-w", "toolCallId": "c", "state": "output-available", "input": {"a": 1}, "output": "rain"}
+    last = {"role": "assistant", "parts": [{"type": "text", "text": "Let me see."}, called]}
+    row = one({"messages": [{"role": "user", "parts": [{"type": "text", "text": "q"}]}, last], "label": True})
+    assert [message["role"] for message in row.prompt] == ["user"]
+    (answer,) = row.completion
+    assert answer["content"] == "Let me see."
+    assert [call["function"]["name"] for call in answer["tool_calls"]] == ["w"]
+    (spoken, *_) = last["parts"]
+    again = {**last, "parts": [spoken, called, {"type": "text", "text": "Rain."}]}
+    row = one({"messages": [user("q"), again], "label": True})
+    assert [message["role"] for message in row.prompt] == ["user", "assistant", "tool"]
+    assert [message["content"] for message in row.completion] == ["Rain."]
+    result = {"role": "tool", "content": "rain", "tool_call_id": "c"}  # a message of its own, which may be judged
+    assert "Remove the messages after the answer" in refusal({"messages": [user("q"), last, result], "label": True})
+
+
 @pytest.mark.parametrize("tools", [None, "", [], "[]"])
 def test_no_tools(tools):
     assert one({"prompt": "q", "completion": "a", "label": 1, "tools": tools}).tools is None

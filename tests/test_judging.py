@@ -269,8 +269,27 @@ def test_unknown_labels_of_objectives_are_listed_with_their_values(tmp_path: Pat
 
 def test_an_object_of_labels_is_read_where_it_is_named_only(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path, rows_of({"label": {"helpful": True}}))
-    assert "'label' is" in refusal(path)
+    assert "'label' is {\"helpful\": true}, an object. If one of its values is the label" in refusal(path)
+    assert "name it: --label-field label.helpful. Write" in refusal(path)
     assert feedback(path, label_field="label")[0][0].objectives == {"helpful": (1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("label", "key"),
+    [
+        ({"rating": "up"}, "rating"),
+        ({"by": "me", "thumbs": 1}, "thumbs"),
+        ({"by": "me", "is_fine": "yes"}, "is_fine"),
+        ({"a": "yes", "b": "no"}, "KEY"),
+        ({"a b": "yes"}, "KEY"),
+    ],
+)
+def test_a_label_that_is_an_object_says_how_to_name_its_value(tmp_path: Path, label: object, key: str) -> None:
+    message = refusal(as_jsonl(tmp_path, rows_of({"label": label})))
+    assert f"name it: --label-field label.{key}. Write" in message
+    if key != "KEY":
+        path = as_jsonl(tmp_path, rows_of({"label": label}))
+        assert [row.label for row in feedback(path, label_field=f"label.{key}")[0]] == [True]
 
 
 # Weights

@@ -154,6 +154,13 @@ PROPOSALS = [
     ([0.1, 0.93], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     ([1.0, 0.5, 0.0], "--up '>0.5' --down '<0.5' (0.5 is left out)"),
     (["5/5", "4/5", "1/5"], "--up 4/5,5/5 --down 1/5"),
+    (["5/5", "4/5"], "--up 4/5,5/5 --down 0/5,1/5,2/5"),
+    (["4 out of 5", "1 of 5"], "--up '4 out of 5' --down '1 of 5'"),
+    (["4/5", "9/10"], ""),
+    (["★★★★★", "★★"], "--up '★★★★★' --down '★★'"),
+    (["⭐️⭐️⭐️", "⭐️"], "--up '⭐⭐⭐⭐,⭐⭐⭐⭐⭐' --down '⭐️', with ⭐️⭐️⭐️ added to one of them"),
+    (["★★★★☆"], "--up '★★★★☆' --down '★☆☆☆☆,★★☆☆☆'"),
+    (["★★★★", "fine"], ""),
     (["5/5", "3/5", "1/5"], "--up 5/5 --down 1/5, with 3/5 added to one of them"),
     (["'up'", "'down'"], """--up ''"'"'up'"'"'' --down ''"'"'down'"'"''"""),
     (["4,5", "1,5"], ""),
@@ -525,6 +532,28 @@ def test_a_column_that_contradicts_the_label_is_named(tmp_path, column, values, 
     for note in notes:
         assert f"in {against} of {sum(value not in ('', None) for value in values)} rows (first: f.jsonl:" in note
         assert proposal in note
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "against", "proposal"),
+    [
+        ("user_feedback", [["up"], ["down"], [], None], "2 of 2 rows", "--label-field user_feedback."),
+        ("user_feedback", [["up", "up"], ["up", "down"], '["up"]', '["down"]'], "1 of 3 rows", "user_feedback."),
+        ("rating", [5, None, None, None], "1 of 1 row", "--up ... --down ... for its values."),
+        ("rating", [None, "0", "", None], "1 of 1 row", "--label-field rating."),
+        ("thumbs", [1, None, None, 1], "2 of 2 rows", "--label-field thumbs."),
+        ("rating", [1, None, None, 1], "", ""),  # the best of 0 and 1, or the worst of 1 to 5
+        ("rating", [3, None, None, 3], "", ""),
+        ("rating", [5, 5, None, None], "", ""),  # beside both labels
+    ],
+)
+def test_lists_and_numbers_alone_are_compared_with_the_label(tmp_path, column, values, against, proposal):
+    records = [{**one, "label": number % 4 in (1, 2)} for number, one in enumerate(rows(column, values))]
+    notes = [note for note in feedback(tmp_path / "f.jsonl", records)[1].notes() if "contradicts" in note]
+    assert len(notes) == bool(against)
+    for note in notes:
+        assert f"'{column}' contradicts the label that was read in {against} (first: f.jsonl:" in note
+        assert note.endswith(proposal)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from offline_kto.kto_core.cache.arrow_lists import numbers
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
 from offline_kto.kto_core.cache.row_rules import check_table
 from offline_kto.kto_core.cache.row_schema import has_places, optional_columns
@@ -75,6 +76,7 @@ def verify_cache(
             for path, shard in zip(paths, manifest.shards, strict=True)
         ]
         keys = _check_footers(manifest, paths, unchanged)
+        reads_rows = any(known is None or known.content(shard) is None for shard in manifest.shards[first::every])
 
         def check(number: int) -> CheckedShard:
             found = unchanged[number]
@@ -101,12 +103,24 @@ def verify_cache(
         raise CacheError(
             f"{folder / MANIFEST}: has {desirable} desirable rows, the shards have {labels.sum()}. {AGAIN}"
         )
+    if reads_rows and first == 0:
+        _check_labels(folder, manifest, paths)
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
     if known is not None:
         known.write()
     largest = max(one.largest_id for one in found)
     return Verified(labels, largest, [one.groups for one in found], [one.state for one in states])
+
+
+def _check_labels(folder: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
+    """Check the labels of all rows, in their order: a shard that the manifest vouches for may have labels that were swapped."""
+    expected = manifest.data.get("labels_hash")
+    if expected is not None and labels_hash_of(paths, manifest.columns) != expected:
+        raise CacheError(
+            f"{folder / MANIFEST}: labels, masses, pairs, sources or the order of the rows in the shards are not those that "
+            f"kto-precompute wrote (labels_hash differs). {AGAIN}"
+        )
 
 
 def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> list[_Result]:

@@ -53,10 +53,7 @@ COLUMNS: Final = frozenset(
 
 # Columns of the formats, besides those in their names.
 _BESIDE: Final = {
-    "chosen + rejected": (
-        *(*PROMPTS, "messages", "conversations", "instruction", "input", "history", PAIR_WINNER, PAIR_MARGIN),
-        *(name for pair in PAIR_RATINGS for name in pair),
-    ),
+    "chosen + rejected": (*(*PROMPTS, "messages", "conversations", "instruction", "input", "history"),),
     "judged turns": (*CONVERSATIONS, "labels"),
     "messages": ("prompt",),
 }

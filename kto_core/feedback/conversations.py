@@ -44,11 +44,12 @@ def check_completion(completion: Turns, where: str, field: str) -> None:
                 f"{where}: '{field}' must contain only messages of the assistant, but message {index + 1} has the role"
                 f" {quoted(role)}. Move it to the prompt, or remove the row."
             )
-        if role == "assistant" and not _says_something(message):
+        if role == "assistant" and not says_something(message):
             raise LeftOut(EMPTY, f"message {index + 1} of '{field}'")
 
 
-def _says_something(message: Message) -> bool:
+def says_something(message: Message) -> bool:
+    """Return whether a message has a text, reasoning or a call of a tool."""
     texts = [message.get(name) for name in ("content", *REASONING)]
     return has_tool_calls(message) or any(isinstance(text, str) and text.strip() for text in texts)
 
@@ -61,6 +62,12 @@ def split_at_results(completion: tuple[Message, ...]) -> tuple[tuple[Message, ..
     results = [index for index, message in enumerate(completion) if message["role"] == "tool"]
     size = results[-1] + 1 if results else 0
     return completion[:size], completion[size:]
+
+
+def without_last_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return an answer without results of tools after its last call: the model did not write them, and nothing follows them."""
+    size = max((number for number, one in enumerate(messages, 1) if one["role"] != "tool"), default=len(messages))
+    return messages[:size]
 
 
 def split_conversation(
@@ -276,7 +283,7 @@ def history(record: Mapping[str, object], where: str) -> tuple[Message, ...]:
 def unasked(earlier: tuple[Message, ...], question: str) -> tuple[Message, ...]:
     """Return earlier turns without the question, with which they end where a program appends it before it asks the model."""
     begun = earlier
-    while begun and begun[-1]["role"] == "assistant" and not _says_something(begun[-1]):
+    while begun and begun[-1]["role"] == "assistant" and not says_something(begun[-1]):
         begun = begun[:-1]
     asks = bool(begun) and begun[-1]["role"] == "user" and begun[-1]["content"].strip() == question.strip()
     return begun[:-1] if asks else earlier

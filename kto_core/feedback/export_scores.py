@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from offline_kto.kto_core.feedback.labels import number_in
-from offline_kto.kto_core.feedback.left_out import OTHER_SCORES, LeftOut
+from offline_kto.kto_core.feedback.left_out import CORRECTED, OTHER_SCORES, LeftOut
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.stored_values import entered, opened
 
@@ -22,7 +22,7 @@ def own_scores(record: object) -> list[dict[str, object]]:
     """Return the scores in a record of Langfuse's that judge it, by name and value.
 
     Raises:
-        LeftOut: it has only scores of something else.
+        LeftOut: it has only scores of something else, or only a corrected answer.
     """
     scores, others = _scores(record), other_scores(record)
     if others and len(others) == len(scores):
@@ -30,10 +30,13 @@ def own_scores(record: object) -> list[dict[str, object]]:
         raise LeftOut(
             OTHER_SCORES, f"{key} {quoted(name)}; export the observations with their scores, or score the traces"
         )
+    own = [one for one in scores if one not in others]
+    rated = [one for one in own if "CORRECTION" not in (one.get("dataType"), one.get("data_type"))]
+    if own and not rated:
+        raise LeftOut(CORRECTED, f"the correction {quoted(own[0]['name'])} is a text, and no label")
     return [
         {"name": one["name"], "value": one.get("stringValue") or one.get("string_value") or one.get("value")}
-        for one in scores
-        if one not in others and "CORRECTION" not in (one.get("dataType"), one.get("data_type"))
+        for one in rated
     ]
 
 

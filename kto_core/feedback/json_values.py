@@ -14,7 +14,16 @@ def tools_in(value: object, where: str) -> tuple[dict[str, object], ...] | None:
     tools = _from_json(value, where, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise FeedbackError(f"{where}: 'tools' must be a list of objects, got {quoted(value)}.")
-    return tuple(tools) if len(tools) > 0 else None
+    return tuple(map(_tool, tools)) if len(tools) > 0 else None
+
+
+def _tool(tool: dict[str, object]) -> dict[str, object]:
+    """Return a tool of Anthropic's in OpenAI's form, which chat templates expect; any other tool as it is."""
+    name = next((one for one in ("input_schema", "inputSchema") if isinstance(tool.get(one), dict)), None)
+    if name is None or not isinstance(tool.get("name"), str):
+        return tool
+    described = {key: tool[key] for key in ("name", "description") if tool.get(key) is not None}
+    return {"type": "function", "function": {**described, "parameters": tool[name]}}
 
 
 def template_kwargs_in(value: object, where: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ from offline_kto.kto_core.feedback.labels import (
     UnknownLabelError,
     has_no_value,
     number_in,
+    usual_label,
 )
 from offline_kto.kto_core.feedback.left_out import (
     NO_WEIGHT,
@@ -115,7 +116,10 @@ def judge(rule: LabelRule, value: object, where: str, field: str, *, one: bool =
         raise FeedbackError(f"{where}: '{field}' is {quoted(value)}, as Python prints it. {_as_json(str(value))}")
     if isinstance(value, Mapping) and value and _counts_in(value) is None:
         if one:
-            return of_label(rule.verdict(value, where, field))  # which knows no object
+            raise FeedbackError(
+                f"{where}: '{field}' is {quoted(value)}, an object. If one of its values is the label, name it: --label-field "
+                f"{field}.{_key_of_vote(value)}. Write labels of several objectives in a column '{SEVERAL}'."
+            )
         return _of_objectives(rule, value, where, field)
     masses, ballots = _masses(rule, value, where, field)
     if not ballots and not rule.graded:  # of a label
@@ -299,9 +303,9 @@ def _of_raters(rule: LabelRule, values: Sequence[object], where: str, field: str
     if not rated:
         raise LeftOut(UNRATED)
     if (vote := next((one for one in rated if isinstance(one, Mapping)), None)) is not None:
-        key = next((name for name in _VOTE_KEYS if not has_no_value(vote.get(name))), "KEY")
         raise FeedbackError(
-            f"{where}: '{field}' is a list of objects, {quoted(vote)}. Name what is the vote in them: --label-field '{field}[].{key}'."
+            f"{where}: '{field}' is a list of objects, {quoted(vote)}. Name what is the vote in them: --label-field "
+            f"'{field}[].{_key_of_vote(vote)}'."
         )
     shares: list[float] = []
     between: LeftOut | None = None
@@ -322,6 +326,13 @@ def _of_raters(rule: LabelRule, values: Sequence[object], where: str, field: str
         raise LeftOut(RATERS_DISAGREE, quoted(rated))
     up = math.fsum(shares)
     return _by_rule(rule, up, len(shares) - up), tuple(counts.items())
+
+
+def _key_of_vote(vote: Mapping[object, object]) -> str:
+    """Return the key of an object that seems to have the vote."""
+    usual = next((name for name in _VOTE_KEYS if not has_no_value(vote.get(name))), None)
+    valued = [str(key) for key, value in vote.items() if usual_label(value) is not None]
+    return usual or (valued[0] if len(valued) == 1 and valued[0].isidentifier() else "KEY")
 
 
 def _by_rule(rule: LabelRule, up: float, down: float) -> Masses:

@@ -90,8 +90,8 @@ class LabelPaths:
             assert self.path is not None
             try:
                 return judge(self.rule, self.path.open(data, where), where, self.path.text)
-            except UnknownLabelError as error:
-                raise error.about(self.path.read_key(data)) from None
+            except FeedbackError as error:
+                raise _about(error, self.path, data) from None
         scores = self.named_scores(data, where)
         for name, value in scores.items():
             counts = self.seen.setdefault(name, Counter())
@@ -117,8 +117,8 @@ class LabelPaths:
         values = [one for copy in voted for one in _each(self.path.open(copy, where))]
         try:
             return judge(self.rule, values, where, self.path.text)
-        except UnknownLabelError as error:
-            raise error.about(self.path.read_key(voted[0])) from None
+        except FeedbackError as error:
+            raise _about(error, self.path, voted[0]) from None
 
     def names(self, scores: Collection[str]) -> list[str]:
         """Return the names of the scores that are read; several are objectives.
@@ -199,6 +199,19 @@ class LabelPaths:
 
 
 _NAME_IT = "Choose one with --label-field NAME, or several objectives with --label-field NAME,NAME."
+
+
+def _about(error: FeedbackError, path: Path, data: Mapping[str, Any]) -> FeedbackError:
+    """Return an error about a label that names the keys which the path reads, not an expression that the reader has not written."""
+    key = path.read_key(data)
+    if isinstance(error, UnknownLabelError):
+        error = error.about(key)
+    said = str(error).replace(f"'{path.text}", f"'{key or path.name_in(data)}")
+    return (
+        UnknownLabelError(said, error.field, error.rule)
+        if isinstance(error, UnknownLabelError)
+        else FeedbackError(said)
+    )
 
 
 def _each(value: object) -> list[object]:

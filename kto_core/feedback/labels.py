@@ -33,6 +33,8 @@ LABEL_WORDS: Final[Mapping[str, bool]] = {**dict.fromkeys(_UP, True), **dict.fro
 # Texts with which programs write a missing value.
 _NO_VALUE = {"", "nan", "none", "null", "n/a", "na", "<na>", "unrated", "norating", "--", r"\n", "(null)", "<null>"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# A number that is refused with advice: it may also be two of them.
+DECIMAL_COMMA: Final = re.compile(r"[+-]?[0-9]+,[0-9]+")
 _COMPARISON = re.compile(r"(>=|<=|>|<|==|=)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
 _COMPARED: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">=": operator.ge,
@@ -188,7 +190,7 @@ class LabelRule:
 
     def unclear_rating(self) -> str | None:
         """Return a field that is named like a rating and has the value 1 only: the best of 0 and 1, or the worst of 1 to 5."""
-        fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and _RATING.search(name))
+        fields = (name for name, numbers in self.numbers.items() if numbers == {1.0} and is_rating_name(name))
         return next(fields, None)
 
     def count(self, value: object, destination: str) -> None:
@@ -238,6 +240,11 @@ def _listed(values: Sequence[object]) -> str:
 def _shown(kind: str, value: bool | int | float | str) -> str:
     """Return a value as the plan shows it; `kind` tells 1 from true."""
     return quoted(value, _SHORT)
+
+
+def is_rating_name(name: str) -> bool:
+    """Return whether a column's numbers are usually on a scale, by its name."""
+    return _RATING.search(name) is not None
 
 
 def usual_label(value: object) -> bool | None:

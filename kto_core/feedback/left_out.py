@@ -23,6 +23,7 @@ NOT_ASSISTANT = "judged turn of another role"
 OTHER_SPLIT = "another split"
 OTHER_FORMAT = "another format"
 OTHER_SCORES = "scores of an observation or a session"
+CORRECTED = "corrected, but not rated"
 DEFECTIVE = "defective"
 
 

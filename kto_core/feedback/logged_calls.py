@@ -18,7 +18,7 @@ from offline_kto.kto_core.feedback.tool_calls import are_tool_calls
 # Usual keys of the prompt and the answer in a call's inputs and outputs.
 _ASKED: Final = (
     *("prompt", "input", "inputs", "question", "query", "instruction", "user_input", "user_query", "user_message"),
-    *("user_prompt", "message", "text", "prompts"),
+    *("user_prompt", "message", "text", "prompts", "contents"),
 )
 _ANSWERED: Final = (
     *(
@@ -36,7 +36,7 @@ _ANSWERED: Final = (
     *("content", "reply"),
 )
 # Names of either side; used only if none of the others is present.
-_EITHER: Final = ("message", "text", "content")
+_EITHER: Final = ("message", "text", "content", "contents")
 _MESSAGES: Final = ("messages", "chat", "conversation")
 _OPTIONS: Final = ("choices", "generations")
 _CONTENTS, _CANDIDATES = "contents", "candidates"  # messages and options of Gemini's

@@ -158,6 +158,13 @@ class Mapping:
         """Return whether the mapping has a label, which options may change; pairs have none."""
         return (self.turns.label if self.turns is not None else self.label) is not None
 
+    @property
+    def judges_records(self) -> bool:
+        """Return whether a record is one answer with one label, so that its columns are about that answer."""
+        is_one_turn = self.turns is None or self.turns.rated is not None
+        is_divided = self.pair is not None or self.each is not None or bool(self.zip) or self.join is not None
+        return is_one_turn and not is_divided
+
     def ruled(self, rule: Callable[[LabelRule], LabelRule]) -> "Mapping":
         """Return the same mapping with other rules of the label or of the pair, and without counts."""
         changed = self

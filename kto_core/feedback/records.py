@@ -43,6 +43,7 @@ from offline_kto.kto_core.feedback.conversations import (
     split_at_results,
     split_conversation,
     with_system,
+    without_last_results,
 )
 from offline_kto.kto_core.feedback.foreign_messages import messages_in_columns
 from offline_kto.kto_core.feedback.json_values import canonical_json, check_text, template_kwargs_in, tools_in
@@ -330,6 +331,8 @@ def _single(
         if _ends_with_nothing(present[name]):
             raise LeftOut(EMPTY, f"the last message of '{name}'")
         messages = as_conversation(present[name], where, name)
+        if _ends_with_own_results(present[name]):
+            messages = without_last_results(messages)
         _check_prompt_beside(present, messages, where, name)
         _check_ends_with_answer(present, messages, where, name)
         prompt, completion = split_conversation(messages, where, name)
@@ -375,6 +378,14 @@ def _ends_with_nothing(value: object) -> bool:
         and ROLES.get(role.lower()) == "assistant"
         and all(item in (None, "", [], {}) for item in others)
     )
+
+
+def _ends_with_own_results(value: object) -> bool:
+    """Return whether the last message is the assistant's, so that results of tools after it are parts of it, as in the AI SDK."""
+    messages = opened(value)
+    last = messages[-1] if isinstance(messages, list | tuple) and messages else None
+    role = last.get("role") if isinstance(last, Mapping) else None
+    return isinstance(role, str) and ROLES.get(role.lower()) == "assistant"
 
 
 def _check_is_list(present: Mapping[str, object], name: str, where: str, fields: FeedbackFields) -> None:

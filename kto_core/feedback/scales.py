@@ -11,7 +11,12 @@ from typing import NamedTuple
 
 from offline_kto.kto_core.feedback.labels import LabelRule, is_comparison, is_tie, matches, number_in, usual_label
 
-_FRACTION = re.compile(r"(\d{1,3})\s?/\s?([1-9]\d{0,2})", re.ASCII)
+# Ratings with their highest value: "4/5", "4 out of 5".
+_FRACTION = re.compile(r"(\d{1,3})(\s?/\s?|\s+(?:out\s+)?of\s+)([1-9]\d{0,2})", re.ASCII | re.IGNORECASE)
+# Ratings as rows of stars: filled ones, and perhaps empty ones up to the highest value. An emoji may have a variation selector.
+_STARS = re.compile("((?:[★⭐🌟]\ufe0f?){1,10})((?:[☆✩]\ufe0f?)*)")
+# The highest value of a row of stars without empty ones.
+_MOST_STARS = 5
 
 # Words for a judgement that is neither good nor bad, or for none.
 _BETWEEN = re.compile(
@@ -60,12 +65,18 @@ class Scale:
         """Return whether all values are numbers, or say that there is none."""
         return all(value == "(none)" or number_in(value.strip('"')) is not None for value in self.counts)
 
-    def verdict(self, shown: str) -> bool | None:
-        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear."""
+    def verdict(self, shown: str, *, is_rating: bool = True) -> bool | None:
+        """Return what a value, as `in_words` shows it, probably means on this scale; None if that is not clear.
+
+        Args:
+            is_rating: whether a 1 without other numbers may be the worst of a scale.
+        """
         value = _parsed(shown)
         number, counts = number_in(value), self._numbers()
         if number is None:
             return usual_label(value)
+        if len(counts) == 1:
+            return _alone(number, is_rating=is_rating)
         cut = _cut(counts)
         if cut is None or cut.other_way or number in _outliers(counts):
             return None
@@ -99,7 +110,10 @@ class Scale:
         words = [value for value in values if number_in(value) is None]
         if words and numbers:
             return ""
-        return _proposed_cut(numbers) if numbers else _proposed_fractions(words) or _proposed_words(words)
+        if numbers:
+            return _proposed_cut(numbers)
+        grades = {word: grade for word in words if (grade := _Grade.of(word)) is not None}
+        return _proposed_grades(grades) if words and len(grades) == len(words) else _proposed_words(words)
 
 
 def _parsed(shown: str) -> object:
@@ -145,6 +159,13 @@ def _cut(counts: Counter[float]) -> _Cut | None:
     far = f"{_with_counts(counts, outliers)} {'is' if len(outliers) == 1 else 'are'} far from the others: correct such ratings first, "
     far += "or clear them if they mean that nobody rated"
     return cut._replace(note=f"{cut.note}; {far}" if cut.note else far)
+
+
+def _alone(number: float, *, is_rating: bool) -> bool | None:
+    """Return what a number means without others: an end of a usual scale is a verdict, and any other number is not clear."""
+    if number == 1:
+        return None if is_rating else True
+    return True if number in _ENDS else False if number in (0, -1) else None
 
 
 def _with_counts(counts: Counter[float], numbers: Collection[float]) -> str:
@@ -200,20 +221,58 @@ def _usual_cut(counts: Counter[float]) -> _Cut | None:
     return _Cut(f">={middle:g}", f"<{middle:g}", "")
 
 
-def _proposed_fractions(words: Sequence[str]) -> str:
-    """Return options for ratings such as "4/5"; empty for other words."""
-    found = [_FRACTION.fullmatch(word.strip()) for word in words]
-    shares = {word: int(one[1]) / int(one[2]) for word, one in zip(words, found, strict=True) if one is not None}
-    if len(shares) < len(words):
-        return ""
-    up = sorted(word for word, share in shares.items() if share >= 0.7)
-    down = sorted(word for word, share in shares.items() if share <= 0.4)
-    between = sorted(shares.keys() - {*up, *down})
+class _Grade(NamedTuple):
+    """A rating that is written with its highest value.
+
+    Attributes:
+        words: how each rating from 0, or from 1 for stars, to the highest is written, by its number.
+    """
+
+    number: int
+    most: int
+    words: dict[int, str]
+
+    @classmethod
+    def of(cls, word: str) -> "_Grade | None":
+        """Return the rating that a word says; None for another word."""
+        text = word.strip()
+        if (found := _FRACTION.fullmatch(text)) is not None:
+            number, most = int(found[1]), int(found[3])
+            return cls(number, most, {one: f"{one}{found[2]}{most}" for one in range(min(most, _MANY) + 1)})
+        if (found := _STARS.fullmatch(text)) is None:
+            return None
+        filled, empty = (side.replace("\ufe0f", "") for side in found.groups())
+        most = len(filled) + len(empty) if empty else max(len(filled), _MOST_STARS)
+        return cls(len(filled), most, {one: filled[0] * one + empty[:1] * (most - one) for one in range(1, most + 1)})
+
+
+def _proposed_grades(grades: Mapping[str, _Grade]) -> str:
+    """Return options for ratings such as "4/5" or "★★★★", by the words for them.
+
+    A side without a value is that of the whole scale, if there is one scale.
+    """
+    shares = {word: grade.number / grade.most for word, grade in grades.items()}
+    some = next(iter(grades.values()))
+    is_one_scale = all(grade.most == some.most for grade in grades.values())
+    written = {number / some.most: word for number, word in some.words.items()} if is_one_scale else {}
+    up = sorted(word for word, share in shares.items() if _is_good(share))
+    down = sorted(word for word, share in shares.items() if _is_bad(share))
+    up = up or [word for share, word in written.items() if _is_good(share)]
+    down = down or [word for share, word in written.items() if _is_bad(share)]
+    between = sorted(word for word, share in shares.items() if not _is_good(share) and not _is_bad(share))
     if not up or not down:
         return ""
     return f"--up {_option(up)} --down {_option(down)}" + (
         f", with {', '.join(between)} added to one of them" * bool(between)
     )
+
+
+def _is_good(share: float) -> bool:
+    return share >= 0.7
+
+
+def _is_bad(share: float) -> bool:
+    return share <= 0.4
 
 
 def _proposed_words(words: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from offline_kto.kto_core.errors import FeedbackError
+from offline_kto.kto_core.feedback.conversations import without_last_results
 from offline_kto.kto_core.feedback.labels import holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
@@ -55,7 +56,7 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         try:
             copies = conversation.copies[number] if turns.rated is None else [record]
             label = turns.label.read_copies(copies, where)
-            judged = _without_last_results(conversation.message(turn))
+            judged = without_last_results(conversation.message(turn))
             before = [one for other in conversation.before(number) for one in conversation.message(other)]
             if not before:
                 raise FeedbackError(
@@ -75,12 +76,6 @@ def judged_rows(mapping: Mapping, turns: JudgedTurns, record: Record, where: str
         raise LeftOut(MISSING_TURNS, f"{turns.rated.source}: the judged turn, {quoted(rated)}, is missing")
     if turns.rated is not None and not found:
         raise FeedbackError(f"{where}: {turns.rated.source}: the judged turn, {quoted(rated)}, is not the assistant's.")
-
-
-def _without_last_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return an answer without results of tools after its last call: the model did not write them, and nothing follows them."""
-    size = max((number for number, one in enumerate(messages, 1) if one["role"] != "tool"), default=len(messages))
-    return messages[:size]
 
 
 def _ranked_pairs(

@@ -3,13 +3,13 @@
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS
 from offline_kto.kto_core.feedback.judging import COUNTS
-from offline_kto.kto_core.feedback.labels import has_no_value
+from offline_kto.kto_core.feedback.labels import has_no_value, is_rating_name
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.scales import Scale
@@ -61,6 +61,14 @@ def _verdicts_in(record: Mapping[str, object]) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
+def _only_one(value: object) -> object:
+    """Return the value that all raters in a list gave; None if they gave several. Any other value as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    given = [one for one in value if not has_no_value(one)]
+    return given[0] if given and all(quoted(one) == quoted(given[0]) for one in given) else None
+
+
 def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[tuple[str, object]]:
     """Yield the keys of a message that look like a verdict, as "messages[].user_feedback".
 
@@ -102,9 +110,21 @@ class Contradictions:
         """
         for row in rows if len(rows) == 1 or rows[0].turn is not None else ():  # else of a pair
             values = [*_verdicts_of_message(record, -1 if row.turn is None else row.turn)]
-            for name, value in [*_verdicts_in(record), *values] if len(rows) == 1 else values:
-                if not has_no_value(value) and isinstance(value, bool | int | float | str):
-                    self._count(name, _shown(value), row.label, 1, row.where)
+            self._compare([*_verdicts_in(record), *values] if len(rows) == 1 else values, row)
+
+    def add_mapped(self, record: Mapping[str, object], rows: Sequence[FeedbackRow]) -> None:
+        """Note the columns of a record beside the label of its only row, which a mapping has read.
+
+        Its messages may be anywhere in the record, so their keys are not compared.
+        """
+        if len(rows) == 1:
+            self._compare(_verdicts_in(record), rows[0])
+
+    def _compare(self, values: Iterable[tuple[str, object]], row: FeedbackRow) -> None:
+        for name, value in values:
+            verdict = _only_one(value)
+            if not has_no_value(verdict) and isinstance(verdict, bool | int | float | str):
+                self._count(name, _shown(verdict), row.label, 1, row.where)
 
     def _count(self, name: str, shown: str, label: bool, count: int, where: str) -> None:
         counts = self.seen.setdefault(name, Counter())
@@ -133,10 +153,12 @@ class Contradictions:
         scale, key = Scale(values), name.rpartition(_OF_MESSAGES)[2]
         if len(scale.counts) > _MOST_VALUES:
             return ""
+        if scale.is_numbers and len(scale.counts) == 1 and len({label for _, label in counts}) == 2:
+            return ""  # one number beside both labels judges nothing
         turned = is_turned_round(key, scale.counts)
         if is_undesirable(key) and not turned:  # a scale of unknown direction, or words
             return ""
-        verdicts = {one: scale.verdict(one[0]) for one in counts}
+        verdicts = {one: scale.verdict(one[0], is_rating=is_rating_name(key)) for one in counts}
         judged = sum(counts[one] for one, verdict in verdicts.items() if verdict is not None)
         against = {
             one: counts[one]
@@ -146,7 +168,13 @@ class Contradictions:
         if not against or (key not in VERDICTS and 2 * sum(against.values()) <= judged):
             return ""
         (shown, label), _ = next(iter(against.items()))
-        proposal = reversed_options(scale.counts) if turned else "" if scale.is_usual else scale.proposal()
+        proposal = (
+            reversed_options(scale.counts)
+            if turned
+            else ""
+            if scale.is_usual
+            else scale.proposal() or "--up ... --down ... for its values"
+        )
         proposal = proposal and f" {proposal}"
         return (
             f"'{name}' contradicts the label that was read in {sum(against.values()):,} of {counted(counts.total(), 'row')} "

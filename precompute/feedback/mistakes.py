@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from offline_kto.kto_core.errors import FeedbackError, KTOError, nearest
 from offline_kto.kto_core.feedback.columns import PROMPTS
-from offline_kto.kto_core.feedback.labels import GRADED, SHARE, LabelRule, UnknownLabelError
+from offline_kto.kto_core.feedback.labels import DECIMAL_COMMA, GRADED, SHARE, LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import OTHER_SPLIT, RATERS_DISAGREE, UNRATED
 from offline_kto.kto_core.feedback.paths import Path, key_path, label_path
 from offline_kto.kto_core.feedback.quoting import counted, quoted
@@ -27,7 +27,6 @@ from offline_kto.precompute.records.feedback_columns import (
 )
 from offline_kto.precompute.records.text_files import Record
 
-_DECIMAL_COMMA = re.compile(r'"[+-]?[0-9]+,[0-9]+"')
 # Mistakes shown with their place; the others are counted.
 _SHOWN = 20
 # Records in which the label is looked for.
@@ -90,7 +89,7 @@ def no_rows(config: PrecomputeConfig, data_format: DataFormat, found: Found) -> 
         path = label.path  # the format defines where the label is, so the records are unrated
         return FeedbackError(
             f"{data}: no record has a label ({reasons}). {data_format.mapping.name}: the feedback is read from "
-            f"{quoted(path.text, 200)}. Check that the export contains it, or name another field with --label-field."
+            f"{quoted(path.name_in({}), 200)}. Check that the export contains it, or name another field with --label-field."
         )
     if (nothing := _nothing_at_label(config, data_format)) is not None:
         reasons = f"{reasons}; {nothing}"
@@ -317,7 +316,7 @@ def _unknown_labels(
         else "These are usual words for labels: remove --up and --down."
         if scale.is_usual and config.up is not None and config.down is not None
         else "Write decimal numbers with a point."
-        if any(_DECIMAL_COMMA.fullmatch(value) for value in scale.counts)
+        if any(DECIMAL_COMMA.fullmatch(value.strip('"')) for value in scale.counts)
         else "Name the desirable values with --up and the undesirable ones with --down"
         f"{', or pass --rating-threshold' * scale.is_numbers}. A mapping (--map FILE) leaves out all others with `else: leave-out`."
     )
@@ -326,4 +325,5 @@ def _unknown_labels(
         if config.on_bad_row == "skip"
         else ""
     )
-    return FeedbackError(f"{first} '{first.field}' has {scale.in_words()}. {advice}{skip}")
+    named = f"'{first.field}'" if first.field == plain_path(first.field) else "It"  # no expression of a preset
+    return FeedbackError(f"{first} {named} has {scale.in_words()}. {advice}{skip}")

@@ -329,7 +329,11 @@ class Feedback:
             f"{path.source}: nothing at {quoted(path.text)} in any record." for path in self._used.unmatched() if own
         ]
         unused = self.unused_columns()
-        contradictions = self._contradictions.in_words([*unused, *self.unused_beside()])
+        aside = {*(() if self.mapping is None else self.mapping.aside)}
+        for label in self._format.labels:
+            aside |= label.seen.keys()  # scores, of which one was chosen: the others may judge something else
+        compared = [name for name in [*unused, *self.unused_beside()] if name not in aside]
+        contradictions = self._contradictions.in_words(compared)
         notes = [*self.found.notes, *warned, *unmatched, *contradictions, *self._suspicions.in_words(unused)]
         return [printable(note) for note in notes]
 
@@ -410,9 +414,14 @@ class Feedback:
                 yield from rows
                 return
             self._used.look_up(record, where)
+            rows = []
             for native in mapped_rows(self.mapping, record, where):
                 is_other = isinstance(native, LeftOut) and self._has_another_format(record, where)
-                yield from self._native_rows(_other_format(record) if is_other else native, where)
+                found = self._native_rows(_other_format(record) if is_other else native, where)
+                rows += found
+                yield from found
+            if self.mapping.judges_records:
+                self._contradictions.add_mapped(record, rows)
             if self.mapping.warn is not None and self.mapping.warn[0].find(record, where):
                 self.found.warned += 1
         except OneCountLeftOut as one:
@@ -436,14 +445,14 @@ class Feedback:
         other = recognised(present, where)
         return not present.keys().isdisjoint(OWN_KEYS) or (other is not None and other.name != mapping.name)
 
-    def _native_rows(self, native: dict[str, Any] | LeftOut, where: str) -> Iterator[FeedbackRow]:
-        if isinstance(native, LeftOut):
-            self.found.left_out.add(where, native.reason, native.detail)
-            return
+    def _native_rows(self, native: dict[str, Any] | LeftOut, where: str) -> list[FeedbackRow]:
         try:
-            yield from parse_record(native, where, self._fields)
+            if isinstance(native, LeftOut):
+                raise native
+            return parse_record(native, where, self._fields)
         except LeftOut as left:
             self.found.left_out.add(where, left.reason, left.detail)
+            return []
 
 
 def _entry(where: str, reason: str, detail: str, objective: str = "") -> dict[str, str]:

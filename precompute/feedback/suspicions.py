@@ -3,16 +3,18 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from offline_kto.kto_core.errors import shown
+from offline_kto.kto_core.feedback.conversations import says_something
 from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import Turns
 from offline_kto.kto_core.feedback.records import FeedbackRow
+from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.precompute.feedback.places_found import Places
 
 # What tools write into a prompt in place of an image, a video or a sound; and media, or references to them, in any text.
@@ -53,6 +55,14 @@ FAILURES: Final = {
     **dict.fromkeys(("deleted", "is_deleted", "deleted_at", "deletedAt"), frozenset[str]()),
     **dict.fromkeys(("withdrawn", "is_withdrawn", "retracted", "revoked"), frozenset[str]()),
 }
+# Columns with what a model returned, and the keys in it that lead to why it stopped.
+_RETURNED = frozenset(("output", "outputs", "response", "result", "completion", "choices", "candidates", "generations"))
+_INSIDE = (*sorted(_RETURNED), "message", "body", "generation_info", "response_metadata", "kwargs")
+_STOPPED: Final = dict.fromkeys(
+    ("finish_reason", "stop_reason", "finishReason", "stopReason"),
+    FAILURES["finish_reason"] | FAILURES["stop_reason"] | {"safety"},
+)
+_DEEPEST = 6
 
 
 @dataclass
@@ -64,9 +74,10 @@ class Suspicions:
         messages: rows with a text that resembles messages.
         marks: rows of messages with the turn marks of a chat template that is not the tokenizer's.
         repeated: rows whose answer begins with its prompt.
+        silent: rows with an earlier answer that is empty.
         rows: number of rows.
         roles: rows by their unknown roles, of which a template writes whatever they are.
-        failed: records by the column that says that their answer failed.
+        failed: records by the column, or the key in what a model returned, that says that their answer failed.
         conversations: number of records by the hash of their conversation, for each column that names it.
         has_earlier_turns: whether a prompt contains an earlier answer.
         is_part: whether this is one part of the data, to be merged. Limits apply to all parts together.
@@ -76,6 +87,7 @@ class Suspicions:
     messages: Places = field(default_factory=Places)
     marks: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
+    silent: Places = field(default_factory=Places)
     roles: dict[str, Places] = field(default_factory=dict)
     rows: int = 0
     failed: dict[str, Places] = field(default_factory=dict)
@@ -88,6 +100,9 @@ class Suspicions:
         for name in record.keys() & FAILURES.keys():
             if _failed(record[name], FAILURES[name]):
                 self.failed.setdefault(name, Places()).add(where)
+        for name in record.keys() & _RETURNED:
+            for found in dict.fromkeys(_stopped(record[name], name)):
+                self.failed.setdefault(found, Places()).add(where)
         for name in record.keys() & _CONVERSATIONS:
             value = record[name]
             if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
@@ -110,6 +125,8 @@ class Suspicions:
             self.repeated.add(row.where)
         if not isinstance(row.prompt, str) and any(message["role"] == "assistant" for message in row.prompt):
             self.has_earlier_turns = True
+            if any(message["role"] == "assistant" and not says_something(message) for message in row.prompt):
+                self.silent.add(row.where)
         sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
         for role in dict.fromkeys(message["role"] for side in sides for message in side):
             if role not in _KNOWN_ROLES and self._counts_role(role):
@@ -124,6 +141,7 @@ class Suspicions:
         self.messages.merge(later.messages)
         self.marks.merge(later.marks)
         self.repeated.merge(later.repeated)
+        self.silent.merge(later.silent)
         self.rows += later.rows
         for role, places in later.roles.items():
             if self._counts_role(role):
@@ -149,7 +167,7 @@ class Suspicions:
                     "turns of one conversation, join them with a mapping (--map FILE: join and turns)."
                 )
         for name, places in sorted(self.failed.items()):
-            if name in unused:
+            if name in unused or "." in name:
                 found.append(
                     f"records whose '{name}' suggests that the answer failed, was cut or was deleted, or its vote withdrawn: {places}. "
                     "Remove them, or leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
@@ -174,6 +192,11 @@ class Suspicions:
                 f"rows whose answer begins with the whole prompt: {self.repeated}. It is scored as part of the answer; "
                 "remove it from the answers if the model did not write it."
             )
+        if self.silent:
+            found.append(
+                f"rows with an earlier answer that is empty: {self.silent}. It is part of the prompt, as a turn without "
+                "text; remove it, or the row, if an answer was lost."
+            )
         if self.roles:
             roles = ", ".join(f"{shown(role)} in {places}" for role, places in self.roles.items())
             found.append(
@@ -188,6 +211,21 @@ def _hash(value: str | int) -> int:
     if isinstance(value, int):
         return hash(value)
     return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _stopped(value: object, name: str, depth: int = _DEEPEST) -> Iterator[str]:
+    """Yield the keys in what a model returned that say that it was cut, as "output.choices[].finish_reason"."""
+    if isinstance(value, str) and not any(key in value for key in _STOPPED):
+        return
+    found = opened(value)
+    if isinstance(found, list):
+        for one in found if depth else ():
+            yield from _stopped(one, f"{name}[]", depth - 1)
+    elif isinstance(found, Mapping):
+        yield from (f"{name}.{key}" for key, words in _STOPPED.items() if _failed(found.get(key), words))
+        for key in _INSIDE if depth else ():
+            if isinstance(inner := found.get(key), Mapping | list):
+                yield from _stopped(inner, f"{name}.{key}", depth - 1)
 
 
 def _failed(value: object, words: Collection[str]) -> bool:

@@ -1,0 +1,41 @@
+"""Compute the hash of the fields that no score depends on: order, labels, pairs, source rows and masses."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from offline_kto.kto_core.cache.arrow_lists import numbers
+from offline_kto.kto_core.cache.shards import open_shard, read_groups
+from offline_kto.kto_core.hashing import ListHash
+from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
+
+_COLUMNS = ("row_id", "label", "pair_id", "source")
+_GROUPS_AT_ONCE = 16
+
+
+def labels_hash_of(paths: Iterable[Path], columns: Sequence[str]) -> str:
+    """Return `data.labels_hash` of the rows in some shards, in their order.
+
+    Args:
+        paths: the shards of a cache.
+        columns: those of masses, as the manifest lists them.
+
+    Raises:
+        CacheError: damaged content.
+    """
+    hasher = ListHash()
+    for path in paths:
+        file = open_shard(path)
+        for table in read_groups(path, file, columns=[*_COLUMNS, *columns], at_once=_GROUPS_AT_ONCE):
+            hasher.add(_entries(table, columns))
+    return hasher.hexdigest()
+
+
+def _entries(table: pa.Table, columns: Sequence[str]) -> list[list[object]]:
+    found = [table.column(name).to_pylist() for name in _COLUMNS]
+    if columns:
+        found.append([*zip(*(numbers(table.column(name)).tolist() for name in MASS_COLUMNS), strict=True)])
+        objectives = table.column(OBJECTIVES).to_pylist() if OBJECTIVES in columns else [{}] * table.num_rows
+        found.append([{name: [*masses.values()] for name, masses in one.items()} for one in objectives])
+    return [[*entry] for entry in zip(*found, strict=True)]
