@@ -137,7 +137,7 @@ class TestWriting:
             monkeypatch.setattr(Remote, name, noted(name, changes))
         config = replace(config, data=str(data))
         precompute(config)
-        changes.remove(("remove", ".lock"))
+        changes = [change for change in changes if change[1] != ".lock"]  # a slow machine refreshes it, too
         place = changes.index(("remove", "manifest.json"))
         assert all(name.startswith(".next/") for _, name in changes[:place])
         assert {name for what, name in changes[place:] if what == "copy"} == shards(6)  # not uploaded twice
