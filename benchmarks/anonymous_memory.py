@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ def anonymous_bytes(process: int | None = None) -> int:
     """
     status = Path(f"/proc/{process or 'self'}/status")
     if process is None and not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     try:
         lines = status.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):

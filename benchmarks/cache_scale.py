@@ -46,7 +46,9 @@ ROWS_PER_SHARD, BATCH = 4096, 32
 SCHEMA_WITH_PLACES = pa.schema([*SCHEMA, pa.field(PLACE, pa.string(), nullable=False)])
 MOST_SECONDS, MOST_MIB, LEAST_ROWS = 12.0, 150.0, 1500.0  # two cores read 3,000 rows a second
 FIRST_BATCH, BEYOND = "kto-train to its first batch, {}", "kto-train, memory beyond that with 64 rows, {}"
-HELD_OUT = "kto-train with {} held-out rows, memory beyond that with 64 rows and some held out, {}"
+HELD_OUT = "kto-train with {} held-out rows, memory beyond that with an eighth of them, {}"
+# Passes of 4,096 tokens, which an eighth of the held-out rows fills: memory grows up to the first full pass.
+SMALL_PASSES = ("--max-tokens", "1024")
 READS = "random reads of one core"
 
 
@@ -186,9 +188,14 @@ def run_training(cache: Path, out: Path, *options: str) -> Start:
 
 
 def measure_held_out(work: Path, cache: Path, rows: int, held_out: int) -> list[tuple[str, float, str]]:
-    """Return the memory of a run with held-out rows, beyond that of a small one whose held-out rows fill a pass, too."""
-    some = run_training(work / "small", work / f"{rows}-small-held", "--eval-fraction", "0.8")
-    many = run_training(cache, work / f"{rows}-held", "--eval-fraction", str(held_out / rows))
+    """Return the memory of a run with held-out rows, beyond that of a run of the same cache with an eighth of them."""
+
+    def held(count: int) -> Start:
+        # No samples: completing prompts takes longer than all the rest.
+        options = "--eval-fraction", str(count / rows), "--samples", "0", "--verify", "changed", *SMALL_PASSES
+        return run_training(cache, work / f"{rows}-held-{count}", *options)
+
+    some, many = held(held_out // 8), held(held_out)
     return [
         (HELD_OUT.format(f"{held_out:,}", "to its first update"), many.update_mib - some.update_mib, "MiB"),
         (HELD_OUT.format(f"{held_out:,}", "to its end"), many.peak_mib - some.peak_mib, "MiB"),

@@ -78,6 +78,7 @@ def plan(model: str, data: str, readers: str) -> None:
     """
     if readers == "0":
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if readers == "0" and hasattr(os, "sched_setaffinity"):  # macOS has none
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import transformers
 

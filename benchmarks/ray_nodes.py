@@ -112,6 +112,7 @@ def lead(address: str, tasks: int, rows: int, folder: str) -> None:
             prepare=lambda index: set(),
             finish=lambda index, answer: None,
             keep=lambda: None,
+            tokens_of=lambda index: rows,
             progress=progress,
         )
         try:

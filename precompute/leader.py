@@ -44,7 +44,8 @@ class Leader:
             the workers: one file for each of them.
         finish: takes a shard that a worker has written.
         keep: called every few seconds.
-        progress: over the tokens to score.
+        tokens_of: returns the tokens that a missing shard has to score.
+        progress: over the tokens of all of them.
 
     Attributes:
         begun: shards that a worker has or had, and that are not finished.
@@ -61,10 +62,12 @@ class Leader:
         prepare: Callable[[int], set[int]],
         finish: Callable[[int, Answer], None],
         keep: Callable[[], None],
+        tokens_of: Callable[[int], int],
         progress: Progress,
     ) -> None:
         self._workers, self._out, self._most = workers, out, most
-        self._prepare, self._finish, self._keep, self._progress = prepare, finish, keep, progress
+        self._prepare, self._finish, self._keep = prepare, finish, keep
+        self._tokens_of, self._progress = tokens_of, progress
         self._queue = deque(missing)
         self._left = set(missing)
         self._awaited: dict[int, set[int]] = {}  # by shard, as of its plan file
@@ -72,7 +75,7 @@ class Leader:
         self._idle: list[str] = []
         self._busy: dict[str, int] = {}
         self._places: dict[str, WorkerPlace] = {}  # of all workers that were ever ready
-        self._told: Counter[str] = Counter()  # tokens that a worker told of its present shard
+        self._uncounted: dict[int, int] = {}  # by shard that was begun: its tokens that the progress does not count yet
         self._shards_of: Counter[str] = Counter()
         self._losses: Counter[int] = Counter()
         self._lost = self._lost_at_start = 0
@@ -117,7 +120,7 @@ class Leader:
             self._awaited[index] = awaited
             self.begun.add(index)
             self._busy[worker] = index
-            self._told[worker] = 0
+            self._uncounted.setdefault(index, self._tokens_of(index))
             self._workers.submit(worker, Task(index, self._out))
 
     def _handle(self, event: Event) -> None:
@@ -125,8 +128,7 @@ class Leader:
             case Ready():
                 self._ready(event)
             case Scored():
-                self._told[event.worker] += event.tokens
-                self._progress.add(event.tokens)
+                self._count(self._busy[event.worker], event.tokens)
             case Said():
                 if event.line not in self._said:
                     self._said.add(event.line)
@@ -152,7 +154,7 @@ class Leader:
     def _answered(self, event: Answered) -> None:
         index = self._busy.pop(event.worker)
         self._idle.append(event.worker)
-        self._progress.add(event.answer.tokens - self._told.pop(event.worker))
+        self._count(index, self._uncounted[index])  # with those that a worker had scored before it was lost
         self.answers.append(event.answer)
         self._seconds[event.worker] += event.answer.seconds
         if event.answer.difference is not None:
@@ -167,6 +169,12 @@ class Leader:
         ready = sorted(index for index in self._waiting if not self._awaited[index] & self._left)
         self._waiting.difference_update(ready)
         self._queue.extendleft(reversed(ready))
+
+    def _count(self, index: int, tokens: int) -> None:
+        """Add scored tokens to the progress, at most those of the shard: what a lost worker did not flush is scored twice."""
+        more = min(tokens, self._uncounted[index])
+        self._uncounted[index] -= more
+        self._progress.add(more)
 
     def _lost_one(self, event: Lost) -> None:
         self._lost += 1
@@ -196,8 +204,6 @@ class Leader:
         """Return the shard of a worker that has ended."""
         if worker in self._idle:
             self._idle.remove(worker)
-        if told := self._told.pop(worker, 0):
-            self._progress.add(-told)
         return self._busy.pop(worker, None)
 
     def _failed(self, event: Failed) -> None:

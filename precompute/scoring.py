@@ -211,6 +211,7 @@ class Scoring:
                 prepare=self._prepare,
                 finish=partial(self._finish, run),
                 keep=keep,
+                tokens_of=self._needs.unknown_tokens_of,
                 progress=progress,
             )
             with self._saying_what_is_kept(lambda: self._kept_by(leader), sequences):

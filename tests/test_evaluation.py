@@ -25,7 +25,7 @@ from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.run import precompute
 from offline_kto.train.cli import train as kto_train
 from offline_kto.train.config import TrainConfig
-from offline_kto.train.data.cache_rows import CacheRows
+from offline_kto.train.data.cache_rows import CacheRows, TrainingRow
 from offline_kto.train.run.evaluate_run import evaluate_run
 from offline_kto.train.run.train_run import train
 from offline_kto.train.trainer.evaluation import Scores, held_out_metrics, summary
@@ -185,10 +185,21 @@ def test_rows_are_read_a_few_at_a_time(loss: str, config: TrainConfig, monkeypat
     config = replace(config, loss=loss)
     run = train(config)
     said = json.loads((run / "evaluation.json").read_text())
-    monkeypatch.setattr("offline_kto.train.trainer.policy_scores.HELD_OUT_ROWS", 3)
+    monkeypatch.setattr("offline_kto.train.trainer.policy_scores.HELD_OUT_TOKENS", 300)
+    monkeypatch.setattr("offline_kto.train.trainer.policy_scores.FIRST_ROWS", 3)
+    read: list[int] = []
+    real = CacheRows.together
+
+    def noted(self: CacheRows, indices: np.ndarray) -> list[TrainingRow]:
+        rows = real(self, indices)
+        read.append(sum(len(row.matched) + len(row.mismatched.completion_ids) for row in rows))
+        return rows
+
+    monkeypatch.setattr(CacheRows, "together", noted)
     evaluate_run(replace(config, evaluate_only=run))
+    assert len(read) > 2
+    assert max(read) < 600
     found = json.loads((run / "evaluation.json").read_text())
-    assert found["rows"] % 3
     assert found["metrics"].keys() == said["metrics"].keys()
     for name, metric in said["metrics"].items():
         assert found["metrics"][name] == pytest.approx(metric, abs=2e-5), name

@@ -19,8 +19,8 @@ from offline_kto.precompute.workers import Answer, Answered, Event, Failed, Lost
 PLACE = WorkerPlace("node", "cpu", "2.0")
 
 
-def answer(*, is_written: bool = True) -> Answer:
-    return Answer(is_written, 4, 100, "hash", scored=8, tokens=80, seconds=1.0, difference=None)
+def answer(*, is_written: bool = True, tokens: int = 80) -> Answer:
+    return Answer(is_written, 4, 100, "hash", scored=8, tokens=tokens, seconds=1.0, difference=None)
 
 
 class Transport:
@@ -61,7 +61,8 @@ class Transport:
         else:
             self.happened.append(Said(worker, "padded"))
             self.happened.append(Scored(worker, 50))
-            self.happened.append(Answered(worker, answer(is_written=what == "written")))
+            tokens = 60 if what == "resumed" else 80  # a lost worker had flushed 20
+            self.happened.append(Answered(worker, answer(is_written=what != "scored", tokens=tokens)))
 
     def wait(self, seconds: float) -> list[Event]:
         events = [self.happened.popleft()] if self.happened else []
@@ -96,6 +97,7 @@ def led(
         prepare=prepare or await_others,
         finish=lambda index, found: finished.append(index),
         keep=lambda: None,
+        tokens_of=lambda index: 80,
         progress=progress,
     )
     leader.run()
@@ -122,6 +124,22 @@ def test_a_lost_shard_goes_to_the_front_and_its_worker_is_replaced(capsys: pytes
     printed = capsys.readouterr().out
     assert "lost        the worker of shard 1 on node ended (SIGKILL); another takes it. Its log: /tmp/w.log" in printed
     assert printed.count("padded") == 1
+
+
+def test_scores_that_a_lost_worker_flushed_stay_in_the_progress() -> None:
+    """Two workers are lost after 30 tokens each; the third scores 60 of the shard's 80."""
+    _, finished, progress = led(Transport("lost", "lost", "resumed", most=1), missing=2, most=1)
+    assert finished == [0, 1]
+    assert progress.done == progress.total == 2 * 80
+
+
+def test_progress_counts_no_token_of_a_shard_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    real = Progress.add
+    monkeypatch.setattr(Progress, "add", lambda self, count: (counted.append(count), real(self, count))[1])
+    led(Transport("lost", "lost", most=1), missing=1, most=1)  # told 30, 30 and 50
+    assert min(counted) >= 0
+    assert sum(counted) == 80
 
 
 def test_three_losses_of_one_shard_stop_the_run() -> None:

@@ -98,6 +98,7 @@ class Run:
                 prepare=lambda index: set(),
                 finish=self._finish,
                 keep=lambda: None,
+                tokens_of=lambda index: 100 // self._shards,
                 progress=progress,
             )
             try:

@@ -146,6 +146,7 @@ def test_gradients_are_equal_with_varlen_attention():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it
+@pytest.mark.slow
 def test_gradients_are_equal_in_compiled_layers():
     from offline_kto.train.trainer.compiled_layers import Compiling, compile_layers
 

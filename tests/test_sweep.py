@@ -770,6 +770,7 @@ class TestBestModel:
 
 @pytest.mark.usefixtures("warm_workers")
 class TestSearches:
+    @pytest.mark.slow
     def test_pruning_stops_what_falls_behind(self, config: SweepConfig) -> None:
         """Five trials of one quality, and one that learns nothing: the median of the others is better."""
         space = {"learning_rate": [3e-3, 2.9e-3, 3.1e-3, 2.8e-3, 3.2e-3, 1e-9]}
@@ -784,6 +785,7 @@ class TestSearches:
             steps = [json.loads(line)["step"] for line in (out / "trials/0005/metrics.jsonl").read_text().splitlines()]
             assert max(steps) < 8
 
+    @pytest.mark.slow
     def test_seeds_are_compared_on_the_same_rows(self, config: SweepConfig) -> None:
         out = sweep(replace(config, space={"seed": [0, 1]}, train={**TRAIN, "max_steps": 1}))
         held = []
@@ -797,6 +799,7 @@ class TestSearches:
         trials = Trials.of(replace(config, train={}))
         assert trials.base["eval_fraction"] == 0.1
 
+    @pytest.mark.slow
     def test_metrics_that_should_grow(self, config: SweepConfig) -> None:
         out = sweep(replace(config, metric="eval/accuracy", space={"learning_rate": [1e-9, 3e-3]}))
         rows = rows_of(out)
@@ -924,6 +927,7 @@ class TestFolders:
         assert config.out is not None
         assert (config.out / "best/model.safetensors").exists()
 
+    @pytest.mark.slow
     def test_another_held_out_cache(self, config: SweepConfig, base: Path, tmp_path: Path) -> None:
         for name, seed in (("one", 3), ("two", 4)):
             data = write_feedback(tmp_path / f"{name}.jsonl", 8, seed=seed)

@@ -49,7 +49,10 @@ def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--sizes", "foo"], "expected pairs of numbers"), (["--device", "meta"], "--device meta: not available here")],
+    [
+        (["--sizes", "foo"], "expected pairs of numbers"),
+        pytest.param(["--device", "meta"], "--device meta: not available here", marks=pytest.mark.slow),
+    ],
 )
 def test_the_benchmark_of_the_output_layer_refuses_what_it_cannot_run(options: list[str], message: str) -> None:
     done = subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True)

@@ -231,6 +231,7 @@ def test_a_run_that_another_one_locks_out_is_told_before_the_feedback_is_read(
         precompute(replace(config, out=tmp_path))
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_do_is_told_once(config: PrecomputeConfig, tmp_path: Path) -> None:
     failing = (
         "import torch; from offline_kto.kto_core.scoring.passes import ScoringPasses as P\n"

@@ -1,6 +1,6 @@
 """Score rows under the current policy without gradients: sums for the reference point, held-out rows, single tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from offline_kto.train.trainer.evaluation import Scores
 from offline_kto.train.trainer.objective import Objective, RowScores
 from offline_kto.train.trainer.prepared_policy import PreparedPolicy
 
-# Held-out rows that are in memory at a time.
-HELD_OUT_ROWS = 4096
+# Tokens of held-out rows that are in memory at a time, some 8 bytes each; rows of the first read, whose length says how many
+# rows the next one takes.
+HELD_OUT_TOKENS, FIRST_ROWS = 2**20, 64
 
 # Without gradients no activations are kept for a backward pass, so a pass fits this many times the tokens.
 _SCORING_TOKENS = 4
@@ -57,9 +58,7 @@ class PolicyScores:
         tokens, prompt_tokens = (torch.empty(len(indices), dtype=torch.float64) for _ in range(2))
         per_row = self.objective.scores_per_row
         scores = torch.empty(per_row + 1, len(indices), dtype=torch.float64)
-        for start in range(0, len(indices), HELD_OUT_ROWS):
-            rows = held_out.cache.together(indices[start : start + HELD_OUT_ROWS])
-            some = slice(start, start + len(rows))
+        for some, rows in _pieces(held_out):
             scores[:, some] = score(rows)
             tokens[some] = torch.tensor([len(row.matched.completion_ids) for row in rows])
             prompt_tokens[some] = torch.tensor([len(row.matched.prompt_ids) for row in rows])
@@ -151,3 +150,14 @@ class PolicyScores:
                 tolerance=policy.rounding,
             )
         return self._passes
+
+
+def _pieces(held_out: HeldOutRows) -> Iterator[tuple[slice, list[TrainingRow]]]:
+    """Yield all rows with their places, about `HELD_OUT_TOKENS` at a time."""
+    start, count = 0, FIRST_ROWS
+    while start < len(held_out.indices):
+        rows = held_out.cache.together(held_out.indices[start : start + count])
+        yield slice(start, start + len(rows)), rows
+        start += len(rows)
+        tokens = sum(len(row.matched) + len(row.mismatched.completion_ids) for row in rows)
+        count = max(1, HELD_OUT_TOKENS * len(rows) // tokens)
