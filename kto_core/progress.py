@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0
-        self._note = ""
+        self._note = self._told = ""
         self._first: tuple[float, int] | None = None  # when the first units arrived, and how many were done then
         self.last_line = time.monotonic()
         self.bar = (
@@ -51,12 +51,12 @@ class Progress:
             self.bar.close()
 
     def note(self, text: str) -> None:
-        """Show a few words behind the numbers, until other words replace them."""
-        if text == self._note:
-            return
-        self._note = text
-        if self.bar is not None:
+        """Show a few words behind the numbers, until other words replace them; new ones also while nothing is counted."""
+        if text != self._note and self.bar is not None:
             self.bar.set_postfix_str(text)
+        self._note = text
+        if text != self._told:
+            self._tell_now_and_then(time.monotonic())
 
     def skip(self, count: int) -> None:
         """Count units that were done before, so that they are not part of the rate."""
@@ -77,14 +77,18 @@ class Progress:
             self.done += count
             if self.bar is not None:
                 self.bar.update(count)
+        self._tell_now_and_then(now)
+
+    def _tell_now_and_then(self, now: float) -> None:
         if self.bar is None and now - self.last_line >= _SECONDS_BETWEEN_LINES:
-            self.last_line = now
+            self.last_line, self._told = now, self._note
             words = [f"{self.done / max(self.total, 1):.0%}", *self._rate(now), *([self._note] if self._note else [])]
             tell(f"{self.description}: {', '.join(words)}")
 
     def _rate(self, now: float) -> list[str]:
         """Return rate and time left in words; empty if they are not known yet."""
-        assert self._first is not None
+        if self._first is None:
+            return []
         since, before = self._first
         if self.done <= before or now - since < _SECONDS_BEFORE_RATE:
             return []

@@ -24,6 +24,8 @@ CHAT = (AUTO, "always", "never")
 VOTES = (SHARE, COUNT, UNANIMOUS)
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 
+_CLUSTER = re.compile(r"auto|(?:ray://)?(?:[^\s/:]+|\[[\da-fA-F:]+\]):\d{1,5}")
+
 # Options that change neither rows nor scores: where and by whom the work is done.
 OF_THE_RUN = ("out", "workers", "read_workers", "cluster", "plan_only", "part", "dry_run", "overwrite")
 
@@ -191,6 +193,8 @@ class PrecomputeConfig:
             )
 
     def _check_cluster(self) -> None:
+        if _CLUSTER.fullmatch(str(self.cluster)) is None:
+            raise ConfigError(f"--cluster: expected auto, HOST:PORT or ray://HOST:PORT, got {shown(self.cluster)}.")
         if self.part is not None or self.plan_only:
             raise ConfigError("--cluster has its own workers: remove --part and --plan-only, or --cluster.")
         if self.device not in (AUTO, "cpu", "cuda"):

@@ -212,7 +212,10 @@ class Leader:
         self._forget(event.worker)
         if event.node not in self._refused:
             self._refused[event.node] = event.error
-            warn(str(event.error))
+            heading, *lines = str(event.error).splitlines()
+            warn(heading)
+            for line in lines:
+                tell(line)
 
     @property
     def left(self) -> list[int]:

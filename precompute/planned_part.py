@@ -2,10 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from offline_kto.kto_core.cache.manifest import MANIFEST
+from offline_kto.kto_core.cache.manifest import MANIFEST, read_manifest
 from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError, ConfigError, shown
@@ -30,12 +30,14 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     out = Path(config.out)
     run = read_run(out)
     if run is None and (out / MANIFEST).exists():
+        _check_complete(config, out)
         tell(f"complete    {out} has its manifest; this part has nothing to do")
         return
     if run is None:
         raise CacheError(f"--part {config.part}: {out} contains no plan. Run the same command with --plan-only first.")
     _check_options(config, run)
-    _check_feedback(config, run)
+    planned: dict[tuple[str, int | None], str | None] = {(file.name, file.bytes): file.sha256 for file in run.files}
+    _refuse_other_feedback(config, planned, since=run_path(out).stat().st_mtime)
     mine = run.shards[part::parts]
     files = (*done_in(out), *shards_in(out), *shards_in(out / NEXT))
     footers = [metadata for metadata in map(read_metadata, files) if metadata]
@@ -84,10 +86,33 @@ def _in_parts(run: PlannedRun, out: Path, shards: Sequence[PlannedShard]) -> int
 def _check_options(config: PrecomputeConfig, run: PlannedRun) -> None:
     """Refuse options that say other rows or shards than those of the plan, which is what is scored."""
     mine = json.loads(json.dumps(planned_options(config)))
+    _refuse_others(config, mine, {name: run.options.get(name) for name in mine}, "plan")
+
+
+def _check_complete(config: PrecomputeConfig, out: Path) -> None:
+    """Refuse options and feedback that are not those of a complete cache, as far as its manifest tells without the model."""
+    manifest = read_manifest(out)
+    pairing = manifest.pairing
+    theirs = {
+        "max_length": manifest.tokenization.get("max_length"),
+        "pairing": pairing.get("method"),
+        "seed": pairing.get("seed"),
+        "kl_partners": pairing.get("partners"),
+    }
+    _refuse_others(config, {name: getattr(config, name) for name in theirs}, theirs, "cache")
+    planned: dict[tuple[str, int | None], str | None] = {
+        (one["name"], one["bytes"]): one["sha256"] for one in manifest.data["files"]
+    }
+    _refuse_other_feedback(config, planned, since=(out / MANIFEST).stat().st_mtime)
+
+
+def _refuse_others(
+    config: PrecomputeConfig, mine: Mapping[str, object], theirs: Mapping[str, object], what: str
+) -> None:
     lines = [
-        f"{_flag(name)}: {_in_words(run.options.get(name))} in the plan, {_in_words(mine[name])} here"
+        f"{_flag(name)}: {_in_words(theirs[name])} in the {what}, {_in_words(mine[name])} here"
         for name in mine
-        if mine[name] != run.options.get(name)
+        if mine[name] != theirs[name]
     ]
     if lines:
         raise ConfigError(
@@ -105,12 +130,17 @@ def _in_words(value: object) -> str:
     return "not set" if value is None else shown(value)
 
 
-def _check_feedback(config: PrecomputeConfig, run: PlannedRun) -> None:
-    """Refuse feedback that changed after the plan, if this machine has it. A file is hashed only if it is newer than the plan."""
+def _refuse_other_feedback(
+    config: PrecomputeConfig, planned: Mapping[tuple[str, int | None], str | None], *, since: float
+) -> None:
+    """Refuse feedback that is not the planned one, if this machine has it.
+
+    Args:
+        planned: hash of each file, by name and size.
+        since: time of the plan; only files that are newer are hashed.
+    """
     if not Path(config.data).exists():
         return
-    planned = {(file.name, file.bytes): file.sha256 for file in run.files}
-    since = run_path(Path(config.out)).stat().st_mtime
     for path, _ in files_of(config.data, config.split):
         state = path.stat()
         known = planned.get((path.name, state.st_size))

@@ -208,7 +208,7 @@ class RayWorkers:
         held = Counter(worker.node.id for worker in self._workers.values())
         for node in self._nodes():
             is_suspect = self._suspects.get(node.id, 0.0) > time.monotonic()
-            room = 0 if is_suspect or node.name in avoid else node.room - held[node.id]
+            room = 0 if is_suspect or node.id in avoid else node.room - held[node.id]
             for _ in range(min(room, wanted - len(self._workers))):
                 self._start(node)
         return len(self._workers)
@@ -232,7 +232,7 @@ class RayWorkers:
             raise ModelError(
                 f"--cluster {self._address}: Ray's head does not answer any more. Finished scores are kept. Start a cluster, and run "
                 "the same command again: it continues with the shards that are left. The head's log, on its machine: "
-                "/tmp/ray/session_latest/logs/gcs_server.out"
+                "session_latest/logs/gcs_server.out in /tmp/ray, or in the --temp-dir of `ray start`"
             ) from error
 
     def _start(self, node: _Node) -> None:
@@ -304,7 +304,7 @@ class RayWorkers:
         match found:
             case KTOError():
                 self._end(worker)
-                yield Failed(worker, one.node.name, found)
+                yield Failed(worker, one.node.id, found)
             case _Opened():
                 one.log = f"{found.log} on {one.node.name}"
                 yield Ready(worker, found.place._replace(node=one.node.name))
@@ -438,10 +438,8 @@ def _unreachable(address: str, error: Exception) -> ConfigError:
 
 
 def _check_reachable(address: str) -> None:
-    """Try an address for some seconds. Raises: OSError, ValueError. Ray itself would try for two minutes."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not (separator and host and port.isdigit()):
-        raise ValueError("expected auto, HOST:PORT or ray://HOST:PORT")
+    """Try an address for some seconds. Raises: OSError. Ray itself would try for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT).close()
 
 

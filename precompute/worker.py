@@ -142,7 +142,7 @@ class ShardWorker:
             raise RefusedError(
                 f"{socket.gethostname()}: this worker would compute other scores than those that were planned:\n  "
                 + "\n  ".join(lines)
-                + "\nGive every worker the same model and the same versions."
+                + "\nGive every worker the same model, options and versions."
             )
 
     def score(self, task: Task, on_tokens: Callable[[int], None] = lambda tokens: None) -> Answer:

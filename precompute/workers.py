@@ -114,6 +114,7 @@ class Failed(NamedTuple):
     """A worker cannot continue for a reason that the user can remove; it has ended.
 
     Attributes:
+        node: the machine, as `grow` is to avoid it: its name, or on Ray the id of the node, because several may have one address.
         error: a `RefusedError` if only workers on this node cannot take part.
     """
 
@@ -148,7 +149,7 @@ class Workers(Protocol):
         Called again and again: when a worker was lost, and for machines that have joined.
 
         Args:
-            avoid: names of machines whose workers were refused.
+            avoid: machines whose workers were refused, as `Failed` names them.
 
         Returns:
             Number of workers that are starting or ready.

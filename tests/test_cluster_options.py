@@ -57,6 +57,27 @@ def test_a_cluster_that_is_not_there_is_told_before_the_feedback_is_read(
     assert list(tmp_path.glob("*.log")) == []
 
 
+@pytest.mark.parametrize("address", ["head", "", "http://head:1", "head:", ":1", "ray://head", "head:1/x"])
+def test_what_is_no_address_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match="--cluster: expected auto, HOST:PORT or ray://HOST:PORT, got"):
+        PrecomputeConfig(cluster=address)
+
+
+@pytest.mark.parametrize("address", ["auto", "head:6379", "10.0.0.1:6379", "[::1]:6379", "ray://head.cluster:10001"])
+def test_addresses_are_taken(address: str) -> None:
+    assert PrecomputeConfig(cluster=address).cluster == address
+
+
+def test_a_node_is_avoided_and_not_another_of_its_address() -> None:
+    workers = RayWorkers.__new__(RayWorkers)
+    workers._workers, workers._suspects, started = {}, {}, list[str]()
+    nodes = [_Node("bad", "10.0.0.1", 1), _Node("good", "10.0.0.1", 1)]
+    workers._nodes = lambda: nodes  # type: ignore[method-assign]
+    workers._start = lambda node: started.append(node.id)  # type: ignore[method-assign]
+    workers.grow(2, {"bad"})
+    assert started == ["good"]
+
+
 def test_news_add_no_tokens_that_an_answer_has() -> None:
     """A worker counts on from shard to shard; the tokens after its last news are told by its answer."""
     errors = SimpleNamespace(RayTaskError=ZeroDivisionError, RayError=ZeroDivisionError)

@@ -22,3 +22,18 @@ def test_rate_and_time_left_are_those_since_the_first_units(
         "scoring: 40%, 20 tokens/s, 30 s left, workers: 2 ready",
         "scoring: 50%, 15 tokens/s, 33 s left, workers: 2 ready",
     ]
+
+
+def test_words_are_told_while_nothing_is_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with shown_lines(), Progress("scoring", 1000, "tokens") as bar:
+        for now[0] in (1.0, 9.0, 10.0, 20.0, 30.0, 300.0):
+            bar.note("workers: 0 ready")
+        now[0] = 301.0
+        bar.note("workers: 1 ready")
+        now[0] = 310.0
+        bar.note("workers: 1 ready")
+    assert capsys.readouterr().out.splitlines() == ["scoring: 0%, workers: 0 ready", "scoring: 0%, workers: 1 ready"]

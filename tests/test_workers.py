@@ -311,6 +311,12 @@ class TestParts:
         assert_same_bytes(config, mine.out)
         precompute(replace(mine, part="0/3"))  # as a scheduler does that starts its jobs again
         assert "this part has nothing to do" in capsys.readouterr().out
+        for name, theirs, other in (("seed", 0, 9), ("kl_partners", 1, 2), ("max_length", 1024, 512)):
+            words = f"--{name.replace('_', '-')}: {theirs} in the cache, {other} here"
+            with pytest.raises(ConfigError, match=words):
+                precompute(replace(mine, part="0/3", **{name: other}))
+        with pytest.raises(ConfigError, match="is not the feedback that was planned"):
+            precompute(replace(mine, part="0/3", data=str(write_rows(tmp_path / "g.jsonl", chat_rows(4)))))
         assert_same_bytes(config, mine.out)
 
     def test_a_part_of_another_model_is_refused(self, config: PrecomputeConfig, tmp_path: Path) -> None:
