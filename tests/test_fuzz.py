@@ -37,6 +37,7 @@ from test_manifest import make_cache
 from test_shards import ROWS
 
 from offline_kto.kto_core.cache import verified_shards
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
 from offline_kto.kto_core.cache.row_rules import check_table
 from offline_kto.kto_core.cache.shards import open_shard, read_metadata, shard_name
@@ -678,7 +679,8 @@ def _valid():
     content = json.loads(path.read_text(encoding="utf-8"))
     labels = [row["label"] for row in ROWS[:40]]
     content["data"].update(desirable=sum(labels), undesirable=len(labels) - sum(labels), truncated=0, kl_truncated=0)
-    content["data"].update(dropped={"prompt_too_long": 1}, labels_hash="l" * 64, prompts=20, sequences=120, tokens=900)
+    hashed = labels_hash_of([folder / shard["file"] for shard in content["shards"]], content.get("columns", []))
+    content["data"].update(dropped={"prompt_too_long": 1}, labels_hash=hashed, prompts=20, sequences=120, tokens=900)
     content["reference"]["vocabulary"] = 97
     content["run"].update(reused_sequences=0, tokens_per_second=100)
     content["checksum"] = checksum(content)
