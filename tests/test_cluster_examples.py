@@ -64,9 +64,9 @@ def test_the_jobs_of_slurm_make_a_cache(base: Path, feedback: Path, tmp_path: Pa
 def test_a_job_at_its_time_limit_is_queued_again_and_a_cancelled_one_is_not(tmp_path: Path) -> None:
     """Slurm sends USR1 before the limit and TERM when a job is cancelled; `scontrol requeue` ends the job."""
     scripts = {
-        "sbatch": 'for word in "$@"; do case $word in --wrap=*--part*) echo "${word#--wrap=}" > "$FOLDER/job" ;; esac; done',
-        "kto-precompute": 'trap "echo flushed >> $FOLDER/said; exit 143" TERM; sleep 0.3; touch "$FOLDER/runs"\n'
-        "while true; do sleep 0.1; done",
+        "sbatch": 'for word in "$@"; do\ncase $word in --wrap=*--part*) echo "${word#--wrap=}" > "$FOLDER/job" ;; esac; done',
+        "kto-precompute": 'trap "echo flushed >> $FOLDER/said; exit 143" TERM\n'
+        'sleep 0.3; touch "$FOLDER/runs"; while true; do sleep 0.1; done',
         "scontrol": 'echo "$*" >> "$FOLDER/said"; kill -KILL $PPID',
     }
     for name, text in scripts.items():
