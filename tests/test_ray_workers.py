@@ -89,7 +89,7 @@ class Run:
         self._on_finish[finished] = act
 
     def run(self) -> Leader:
-        with Watched("scoring", 100, "tokens") as progress:
+        with Watched("scoring", 20 * self._shards, "tokens") as progress:
             leader = Leader(
                 self.workers,
                 range(self._shards),
@@ -98,7 +98,7 @@ class Run:
                 prepare=lambda index: set(),
                 finish=self._finish,
                 keep=lambda: None,
-                tokens_of=lambda index: 100 // self._shards,
+                tokens_of=lambda index: 20,
                 progress=progress,
             )
             try:
