@@ -96,15 +96,19 @@ def verify_cache(
                 on_rows(len(found.labels))
             return found
 
-        found = _in_threads(check, range(len(paths)))
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            # Hashed beside the shards: it takes the interpreter, they take Arrow's threads.
+            hashes = reads_rows and first == 0 and manifest.data.get("labels_hash") is not None
+            hashed = beside.submit(labels_hash_of, paths, manifest.columns) if hashes else None
+            found = _in_threads(check, range(len(paths)))
     labels = np.concatenate([one.labels for one in found])
     desirable = manifest.data["desirable"]
     if int(labels.sum()) != desirable:
         raise CacheError(
             f"{folder / MANIFEST}: has {desirable} desirable rows, the shards have {labels.sum()}. {AGAIN}"
         )
-    if reads_rows and first == 0:
-        _check_labels(folder, manifest, paths)
+    if hashed is not None:
+        _check_labels(folder, manifest, hashed.result())
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
     if known is not None:
@@ -113,10 +117,9 @@ def verify_cache(
     return Verified(labels, largest, [one.groups for one in found], [one.state for one in states])
 
 
-def _check_labels(folder: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
+def _check_labels(folder: Path, manifest: Manifest, found: str) -> None:
     """Check the labels of all rows, in their order: a shard that the manifest vouches for may have labels that were swapped."""
-    expected = manifest.data.get("labels_hash")
-    if expected is not None and labels_hash_of(paths, manifest.columns) != expected:
+    if manifest.data["labels_hash"] != found:
         raise CacheError(
             f"{folder / MANIFEST}: labels, masses, pairs, sources or the order of the rows in the shards are not those that "
             f"kto-precompute wrote (labels_hash differs). {AGAIN}"
