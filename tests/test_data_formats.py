@@ -1467,7 +1467,7 @@ def test_a_mapping_that_is_not_there_lists_the_formats(tmp_path):
         ({"prompt": "p", "completion": "c", "label": True, "rating": 5}, {"rating"}),
         ({"prompt": "p", "completion": "c", "label": True, "input": "x", "messages": []}, {"input", "messages"}),
         ({"instruction": "p", "input": "x", "output": "c", "label": True, "history": []}, set()),
-        ({"messages": turns("p", "c"), "label": True, "output": "x", "system": "s"}, {"output"}),
+        ({"messages": turns("p", "c"), "label": True, "output": "c", "system": "s"}, {"output"}),
         ({"prompt": "p", "chosen": "c", "rejected": "d", "output": "x"}, {"output"}),
     ],
 )
@@ -2319,3 +2319,41 @@ def test_contents_that_are_text_are_the_question_of_a_call(tmp_path, contents):
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["Hi", "Hello"], True, False)]
     record["inputs"] |= {"question": "And you?", "contents": "some text"}  # which is another's
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["And you?", "Hello"], True, False)]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "used"),
+    [
+        ({"question": "q", "answer": "#### 4"}, "answer"),
+        ({"prompt": "q", "completion": "#### 4"}, "completion"),
+        ({"instruction": "q", "input": "", "output": "#### 4"}, "output"),
+        ({"messages": turns("q", "#### 4")}, "the last message of 'messages"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prediction", "model_output", "llmAnswer", "Generated Text", "reply", "candidate"])
+def test_the_expected_answer_is_not_trained_in_place_of_the_models(tmp_path, container, record, used, name):
+    path = container(tmp_path, [{**record, "label": False, name: "It is 4"}])
+    message = refusal(path)
+    assert f"{used}' and '{name}' differ" in message
+    assert "--completion-field " in message
+    field = name if name.isidentifier() else f'"{name}"'
+    options = {"prompt_field": "messages[:-1]"} if "messages" in record else {}
+    assert read(path, completion_field=field, **options)[0] == [down("q", "It is 4")]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"prediction": " c "},
+        {"prediction": "1"},
+        {"prediction": 0.3},
+        {"output": ""},
+        {"candidate": "model-a"},
+        {"response_model": "llama-3"},
+        {"text": "User: p\nBot: c"},
+        {"reply_count": "two or more"},
+    ],
+)
+def test_columns_that_are_no_other_answer_are_passed_over(tmp_path, beside):
+    assert read(as_jsonl(tmp_path, [{"prompt": "p", "completion": "c", "label": True, **beside}]))[0] == [up("p", "c")]

@@ -10,6 +10,7 @@ from typing import Final
 from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS
 from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.labels import has_no_value, is_rating_name
+from offline_kto.kto_core.feedback.own_answers import is_own_answer
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.scales import Scale
@@ -84,10 +85,10 @@ def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[
 
 
 class ColumnsToRead(frozenset[str]):
-    """The names of columns to read; names of verdicts are among them."""
+    """The names of columns to read; names of verdicts and of models' own answers are among them."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and is_verdict(name))
+        return super().__contains__(name) or (isinstance(name, str) and (is_verdict(name) or is_own_answer(name)))
 
 
 @dataclass
