@@ -2357,3 +2357,101 @@ def test_the_expected_answer_is_not_trained_in_place_of_the_models(tmp_path, con
 )
 def test_columns_that_are_no_other_answer_are_passed_over(tmp_path, beside):
     assert read(as_jsonl(tmp_path, [{"prompt": "p", "completion": "c", "label": True, **beside}]))[0] == [up("p", "c")]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen_helpfulness", "rejected_helpfulness"),
+        ("chosenScore", "rejectedScore"),
+        ("quality_chosen", "quality_rejected"),
+        ("chosen elo", "rejected elo"),
+        ("chosen_upvotes", "rejected_upvotes"),
+        ("score_c", "score_r"),
+        ("rejected_rank", "chosen_rank"),
+    ],
+)
+def test_a_pair_whose_numbers_say_the_opposite_is_refused(tmp_path, container, names):
+    better, worse = names
+    rows, _, found = read(container(tmp_path, [{**PAIR, better: 5, worse: 1}]))
+    assert rows == pair("q", "a", "b")
+    assert found.unused_columns() == []
+    message = refusal(container(tmp_path, [{**PAIR, better: 1, worse: 5}]))
+    assert "ed above 'chosen'" in message
+    assert all(part in message for part in (f"{better} 1", f"{worse} 5"))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"chosen_length": 1, "rejected_length": 5},
+        {"chosen_logp": -9, "rejected_logp": -1},
+        {"chosen_toxicity_score": 1, "rejected_toxicity_score": 5},
+        {"chosen_helpfulness": 5, "rejected_helpfulness": 1, "chosen_verbosity": 1, "rejected_verbosity": 5},
+        {"chosen_score": 5, "rejected_score": 1, "chosen_relevance": 1, "rejected_relevance": 5},
+        {"chosen_helpfulness": 3, "rejected_helpfulness": 3},
+        {"rating": [1, 5], "generations": ["b", "a"]},
+        {"rating": [1, 5, 3]},
+        {"tie": False, "swapped": False, "chosen_is_better": True, "valid": True},
+        {"judge": "Both answers name the capital, but the first one is complete."},
+        {"confidence": 0.0},
+    ],
+)
+def test_numbers_and_flags_that_fit_a_pair_change_nothing(tmp_path, beside):
+    rows, _, found = read(as_jsonl(tmp_path, [{**PAIR, **beside}]))
+    assert rows == pair("q", "a", "b")
+    assert found.notes() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "beside", [{"tie": True}, {"is_tie": 1}, {"isTie": "yes"}, {"human_choice": "tie"}, {"score_c": 2, "score_r": 2}]
+)
+def test_a_tie_of_any_name_is_left_out(tmp_path, container, beside):
+    rows, left_out, found = read(container(tmp_path, [{**PAIR, **beside}, {**PAIR, "prompt": "r"}]))
+    assert rows == pair("r", "a", "b")
+    assert left_out == {TIE: 1}
+    assert found.unused_columns() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"human_choice": "rejected"},
+        {"better": "Rejected"},
+        {"annotator_choice": "rejected"},
+        {"vote": "rejected"},
+        {"chosen_is_better": False},
+        {"rejected_is_better": True},
+        {"rating": [1, 5]},
+    ],
+)
+def test_a_verdict_of_any_name_for_the_rejected_side_is_refused(tmp_path, container, beside):
+    assert "Swap them" in refusal(container(tmp_path, [{**PAIR, **beside}]))
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("winner", "B"), ("preferred", "b"), ("judge", "answer_b"), ("choice", 2), ("status", "rejected")],
+        *[("swapped", True), ("is_flipped", 1), ("agree", False), ("valid", False)],
+    ],
+)
+def test_a_verdict_that_may_mean_the_rejected_side_is_warned_of(tmp_path, container, name, value):
+    rows, _, found = read(container(tmp_path, [{**PAIR, name: value}, {**PAIR, "prompt": "r", name: None}]))
+    assert rows == [*pair("q", "a", "b"), *pair("r", "a", "b")]
+    (note,) = found.notes()
+    assert note.startswith(f"pairs whose '{name}' may mean that 'rejected' is the better side: 1 (first: f.")
+
+
+@pytest.mark.parametrize(("repeating", "warned"), [(3, True), (1, False)])
+def test_short_prompts_that_most_answers_repeat_are_warned_of(tmp_path, repeating, warned):
+    records = [
+        {"prompt": f"{number}+1?", "completion": f"{number}+1? 2" if number < repeating else "2", "label": True}
+        for number in range(4)
+    ]
+    notes = read(as_jsonl(tmp_path, records))[2].notes()
+    assert [note.startswith("rows whose answer begins with the whole prompt: 3 (") for note in notes] == [True] * warned

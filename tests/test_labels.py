@@ -401,6 +401,19 @@ def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
         "has_error",
         "hallucination",
         "checks.unsafe",
+        *(
+            "issue",
+            "has_bugs",
+            "isBroken",
+            "low_quality",
+            "biased",
+            "off-topic",
+            "contains_pii",
+            "edited",
+            "regenerated",
+            "churned",
+            "hasIssue",
+        ),
     ],
 )
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), ("yes", "no"), ("1", "0")])
@@ -747,3 +760,16 @@ def test_votes_in_a_text_of_several_labels_are_not_unrated(tmp_path, value):
     assert f"f.jsonl:1: 'labels' is {json.dumps(value)}, which is no list and no object" in message
     labels, found = feedback(tmp_path / "f.jsonl", [*rows("labels", ["travel, food"]), *records[1:]])
     assert (labels, found.found.left_out.counts) == ([True, False], {UNRATED: 1})
+
+
+def test_a_label_of_a_problem_that_was_solved_is_read(tmp_path):
+    for column in ("issue_resolved", "problemSolved", "unbiased", "no_issues", "bug_free"):
+        records = [{"prompt": "p", "completion": "c", column: value} for value in (True, False)]
+        assert feedback(tmp_path / "f.jsonl", records, label_field=column)[0] == [True, False]
+
+
+def test_one_flag_beside_both_labels_contradicts_none(tmp_path):
+    records = [
+        {"prompt": "p", "completion": "c", "label": label, "deleted": False} for label in (True, False, False, False)
+    ]
+    assert not [note for note in feedback(tmp_path / "f.jsonl", records)[-1].notes() if "contradicts" in note]

@@ -25,7 +25,12 @@ _UNDESIRABLE = re.compile(
     "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|violen|abus|incorrect|wrong|unhelpful|bad(?!ge)|"
     "fail|reject|dislike|down_?vote|negative|thumbs?_?down|inappropriate|nsfw|(?<!w)hate|insult|profan|inaccura|invalid|"
     "unaccept|useless|irrelevant|mislead|complain|escalat|reported$|needs?_?(?:fix|edit|improve|work|revis|correct|rewrit)|dissatisf|unsatisf|"
-    "unresolved|unsolved|untrue|unfaithful|misinform|incomplete|schlecht|falsch|fehler(?!frei)|unbrauchbar|nutzlos",
+    "unresolved|unsolved|untrue|unfaithful|misinform|incomplete|schlecht|falsch|fehler(?!frei)|unbrauchbar|nutzlos|"
+    r"(?<![a-z])(?:issue|problem|bug)s?(?![a-z])(?!.*(?:solved|fixed|addressed|closed))|buggy|broken|(?<![a-z])(?:poor|worse|worst|pii|rude|"
+    "stale|edited|corrected|reverted|deleted|removed|retracted|withdrawn|cut_?off|abandoned|ignored|skipped|retr(?:y|ied)|leaks?|leaked)|"
+    "low[ _-]?quality|(?<!un)bias|fabricat|confus|outdated|obsolete|repetit|off[ _-]?topic|jailb|regenerat|re_?generated|rephrased|churn|"
+    "nonsens|gibberish|garbage|truncated|unclear|unsupported|ungrounded|unfounded|unnatural|contradict|inconsisten|evasive|sycophan|"
+    "plagiar|malicious|dangerous|illegal|racis|sexis|vulgar|disappoint|frustrat|annoy|schlimm|veraltet",
     re.IGNORECASE,
 )
 # Names that deny what is desirable: true is undesirable, as in "not_useful".
@@ -38,6 +43,8 @@ _NOT_GOOD = re.compile(
 _DENIED = re.compile(
     r"(?<![a-z])(?:not?|non|never|without|zero)(?![a-z])|(?<![a-z])non(?=toxic|harm)|[_-]?free(?![a-z])", re.IGNORECASE
 )
+# Where a word begins in a name such as "hasIssue".
+_NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
 # An expression with a name and a path for each objective.
@@ -111,9 +118,10 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
 
 def is_undesirable(path: str) -> bool:
     """Return whether a name is that of what is undesirable, so that true, 1 and yes mean a bad answer."""
-    if _NOT_GOOD.search(path) is not None:
+    words = _NEW_WORD.sub("_", path)
+    if _NOT_GOOD.search(words) is not None:
         return True
-    return _UNDESIRABLE.search(path) is not None and _DENIED.search(path) is None
+    return _UNDESIRABLE.search(words) is not None and _DENIED.search(words) is None
 
 
 def plain_path(path: str) -> str:
