@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shlex
 
 import datasets
@@ -2455,3 +2456,45 @@ def test_short_prompts_that_most_answers_repeat_are_warned_of(tmp_path, repeatin
     ]
     notes = read(as_jsonl(tmp_path, records))[2].notes()
     assert [note.startswith("rows whose answer begins with the whole prompt: 3 (") for note in notes] == [True] * warned
+
+
+def proposed_mapping(folder, message):
+    """Write the lines that a message proposes to a file."""
+    path = folder / "m.yaml"
+    path.write_text("\n".join(dict.fromkeys(re.findall(r"`((?:prompt|pair): [^`]+)`", message))) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        *[("accepted", "rejected"), ("best", "worst"), ("response_w", "response_l"), ("pos_resp", "neg_resp")],
+        *[("chosen_text", "rejected_text"), ("winner answer", "loser answer"), ("better", "worse")],
+    ],
+)
+def test_a_pair_in_columns_of_other_names_is_proposed(tmp_path, container, better, worse):
+    path = container(tmp_path, [{"question": "q", worse: "b", better: "a"}])
+    mapping = proposed_mapping(tmp_path, refusal(path))
+    assert read(path, map=mapping)[0] == pair("q", "a", "b")
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("first", "second", "values"),
+    [
+        *[("left", "right", ("left", "right")), ("text_first", "text_second", ("first", "second"))],
+        *[("output_1", "output_2", (1, 2)), ("output_0", "output_1", (0, 1)), ("answer_a", "answer_b", ("A", "B"))],
+        *[("answer_1", "answer_2", ("answer_1", "answer_2")), ("answer_1", "answer_2", ("model_1", "model_2"))],
+    ],
+)
+def test_a_pair_and_its_winner_are_proposed(tmp_path, container, first, second, values):
+    records = [{"question": f"q{value}", first: "a", second: "b", "winner": value} for value in values]
+    path = container(tmp_path, records)
+    mapping = proposed_mapping(tmp_path, refusal(path))
+    assert read(path, map=mapping)[0] == [*pair(f"q{values[0]}", "a", "b"), *pair(f"q{values[1]}", "b", "a")]
+
+
+def test_a_winner_whose_numbers_are_not_clear_is_not_proposed(tmp_path):
+    record = {"question": "q", "answer_a": "a", "answer_b": "b", "winner": 1}
+    assert "pair: {" not in refusal(as_jsonl(tmp_path, [record]))

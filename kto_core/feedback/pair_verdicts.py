@@ -101,6 +101,11 @@ def is_about_sides(name: str) -> bool:
     return any(pattern.fullmatch(_plain(name)) is not None for pattern in patterns)
 
 
+def is_verdict_on_sides(name: str) -> bool:
+    """Return whether a column's name is that of a verdict on two answers, as `winner` is."""
+    return _VERDICT.fullmatch(_cached_plain(name)) is not None
+
+
 def check_sides(present: Mapping[str, object], where: str, fields: FeedbackFields) -> None:
     """Compare a pair with its verdicts and ratings. Raises: LeftOut: a tie; FeedbackError: the rejected side is better."""
     for name, value in present.items():

@@ -56,6 +56,7 @@ from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, MisreadMessagesError, Turns, as_conversation, as_turns
 from offline_kto.kto_core.feedback.own_answers import another_answer, is_own_answer
+from offline_kto.kto_core.feedback.pair_proposals import proposed_pair
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -507,6 +508,11 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
         instead = f", or pass {' '.join(options)}" if len(options) == len(renamed) else ""
         return _UnknownFormatError(
             f"{where}: none of the known formats, whose columns have names in lower case. Rename {renames}{instead}."
+        )
+    if fields.completion is None and (pair := proposed_pair(present)):
+        return _UnknownFormatError(
+            f"{where}: none of the known formats; {columns_in_words(present)}. If these are pairs, describe the file with --map FILE: "
+            f"{pair}."
         )
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:
