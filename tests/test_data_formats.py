@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shlex
 
 import datasets
@@ -1467,7 +1468,7 @@ def test_a_mapping_that_is_not_there_lists_the_formats(tmp_path):
         ({"prompt": "p", "completion": "c", "label": True, "rating": 5}, {"rating"}),
         ({"prompt": "p", "completion": "c", "label": True, "input": "x", "messages": []}, {"input", "messages"}),
         ({"instruction": "p", "input": "x", "output": "c", "label": True, "history": []}, set()),
-        ({"messages": turns("p", "c"), "label": True, "output": "x", "system": "s"}, {"output"}),
+        ({"messages": turns("p", "c"), "label": True, "output": "c", "system": "s"}, {"output"}),
         ({"prompt": "p", "chosen": "c", "rejected": "d", "output": "x"}, {"output"}),
     ],
 )
@@ -2319,3 +2320,181 @@ def test_contents_that_are_text_are_the_question_of_a_call(tmp_path, contents):
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["Hi", "Hello"], True, False)]
     record["inputs"] |= {"question": "And you?", "contents": "some text"}  # which is another's
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["And you?", "Hello"], True, False)]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("record", "used"),
+    [
+        ({"question": "q", "answer": "#### 4"}, "answer"),
+        ({"prompt": "q", "completion": "#### 4"}, "completion"),
+        ({"instruction": "q", "input": "", "output": "#### 4"}, "output"),
+        ({"messages": turns("q", "#### 4")}, "the last message of 'messages"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prediction", "model_output", "llmAnswer", "Generated Text", "reply", "candidate"])
+def test_the_expected_answer_is_not_trained_in_place_of_the_models(tmp_path, container, record, used, name):
+    path = container(tmp_path, [{**record, "label": False, name: "It is 4"}])
+    message = refusal(path)
+    assert f"{used}' and '{name}' differ" in message
+    assert "--completion-field " in message
+    field = name if name.isidentifier() else f'"{name}"'
+    options = {"prompt_field": "messages[:-1]"} if "messages" in record else {}
+    assert read(path, completion_field=field, **options)[0] == [down("q", "It is 4")]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"prediction": " c "},
+        {"prediction": "1"},
+        {"prediction": 0.3},
+        {"output": ""},
+        {"candidate": "model-a"},
+        {"response_model": "llama-3"},
+        {"text": "User: p\nBot: c"},
+        {"reply_count": "two or more"},
+    ],
+)
+def test_columns_that_are_no_other_answer_are_passed_over(tmp_path, beside):
+    assert read(as_jsonl(tmp_path, [{"prompt": "p", "completion": "c", "label": True, **beside}]))[0] == [up("p", "c")]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen_helpfulness", "rejected_helpfulness"),
+        ("chosenScore", "rejectedScore"),
+        ("quality_chosen", "quality_rejected"),
+        ("chosen elo", "rejected elo"),
+        ("chosen_upvotes", "rejected_upvotes"),
+        ("score_c", "score_r"),
+        ("rejected_rank", "chosen_rank"),
+    ],
+)
+def test_a_pair_whose_numbers_say_the_opposite_is_refused(tmp_path, container, names):
+    better, worse = names
+    rows, _, found = read(container(tmp_path, [{**PAIR, better: 5, worse: 1}]))
+    assert rows == pair("q", "a", "b")
+    assert found.unused_columns() == []
+    message = refusal(container(tmp_path, [{**PAIR, better: 1, worse: 5}]))
+    assert "ed above 'chosen'" in message
+    assert all(part in message for part in (f"{better} 1", f"{worse} 5"))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"chosen_length": 1, "rejected_length": 5},
+        {"chosen_logp": -9, "rejected_logp": -1},
+        {"chosen_toxicity_score": 1, "rejected_toxicity_score": 5},
+        {"chosen_helpfulness": 5, "rejected_helpfulness": 1, "chosen_verbosity": 1, "rejected_verbosity": 5},
+        {"chosen_score": 5, "rejected_score": 1, "chosen_relevance": 1, "rejected_relevance": 5},
+        {"chosen_helpfulness": 3, "rejected_helpfulness": 3},
+        {"rating": [1, 5], "generations": ["b", "a"]},
+        {"rating": [1, 5, 3]},
+        {"tie": False, "swapped": False, "chosen_is_better": True, "valid": True},
+        {"judge": "Both answers name the capital, but the first one is complete."},
+        {"confidence": 0.0},
+    ],
+)
+def test_numbers_and_flags_that_fit_a_pair_change_nothing(tmp_path, beside):
+    rows, _, found = read(as_jsonl(tmp_path, [{**PAIR, **beside}]))
+    assert rows == pair("q", "a", "b")
+    assert found.notes() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "beside", [{"tie": True}, {"is_tie": 1}, {"isTie": "yes"}, {"human_choice": "tie"}, {"score_c": 2, "score_r": 2}]
+)
+def test_a_tie_of_any_name_is_left_out(tmp_path, container, beside):
+    rows, left_out, found = read(container(tmp_path, [{**PAIR, **beside}, {**PAIR, "prompt": "r"}]))
+    assert rows == pair("r", "a", "b")
+    assert left_out == {TIE: 1}
+    assert found.unused_columns() == []
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"human_choice": "rejected"},
+        {"better": "Rejected"},
+        {"annotator_choice": "rejected"},
+        {"vote": "rejected"},
+        {"chosen_is_better": False},
+        {"rejected_is_better": True},
+        {"rating": [1, 5]},
+    ],
+)
+def test_a_verdict_of_any_name_for_the_rejected_side_is_refused(tmp_path, container, beside):
+    assert "Swap them" in refusal(container(tmp_path, [{**PAIR, **beside}]))
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("winner", "B"), ("preferred", "b"), ("judge", "answer_b"), ("choice", 2), ("status", "rejected")],
+        *[("swapped", True), ("is_flipped", 1), ("agree", False), ("valid", False)],
+    ],
+)
+def test_a_verdict_that_may_mean_the_rejected_side_is_warned_of(tmp_path, container, name, value):
+    rows, _, found = read(container(tmp_path, [{**PAIR, name: value}, {**PAIR, "prompt": "r", name: None}]))
+    assert rows == [*pair("q", "a", "b"), *pair("r", "a", "b")]
+    (note,) = found.notes()
+    assert note.startswith(f"pairs whose '{name}' may mean that 'rejected' is the better side: 1 (first: f.")
+
+
+@pytest.mark.parametrize(("repeating", "warned"), [(3, True), (1, False)])
+def test_short_prompts_that_most_answers_repeat_are_warned_of(tmp_path, repeating, warned):
+    records = [
+        {"prompt": f"{number}+1?", "completion": f"{number}+1? 2" if number < repeating else "2", "label": True}
+        for number in range(4)
+    ]
+    notes = read(as_jsonl(tmp_path, records))[2].notes()
+    assert [note.startswith("rows whose answer begins with the whole prompt: 3 (") for note in notes] == [True] * warned
+
+
+def proposed_mapping(folder, message):
+    """Write the lines that a message proposes to a file."""
+    path = folder / "m.yaml"
+    path.write_text("\n".join(dict.fromkeys(re.findall(r"`((?:prompt|pair): [^`]+)`", message))) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        *[("accepted", "rejected"), ("best", "worst"), ("response_w", "response_l"), ("pos_resp", "neg_resp")],
+        *[("chosen_text", "rejected_text"), ("winner answer", "loser answer"), ("better", "worse")],
+    ],
+)
+def test_a_pair_in_columns_of_other_names_is_proposed(tmp_path, container, better, worse):
+    path = container(tmp_path, [{"question": "q", worse: "b", better: "a"}])
+    mapping = proposed_mapping(tmp_path, refusal(path))
+    assert read(path, map=mapping)[0] == pair("q", "a", "b")
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+@pytest.mark.parametrize(
+    ("first", "second", "values"),
+    [
+        *[("left", "right", ("left", "right")), ("text_first", "text_second", ("first", "second"))],
+        *[("output_1", "output_2", (1, 2)), ("output_0", "output_1", (0, 1)), ("answer_a", "answer_b", ("A", "B"))],
+        *[("answer_1", "answer_2", ("answer_1", "answer_2")), ("answer_1", "answer_2", ("model_1", "model_2"))],
+    ],
+)
+def test_a_pair_and_its_winner_are_proposed(tmp_path, container, first, second, values):
+    records = [{"question": f"q{value}", first: "a", second: "b", "winner": value} for value in values]
+    path = container(tmp_path, records)
+    mapping = proposed_mapping(tmp_path, refusal(path))
+    assert read(path, map=mapping)[0] == [*pair(f"q{values[0]}", "a", "b"), *pair(f"q{values[1]}", "b", "a")]
+
+
+def test_a_winner_whose_numbers_are_not_clear_is_not_proposed(tmp_path):
+    record = {"question": "q", "answer_a": "a", "answer_b": "b", "winner": 1}
+    assert "pair: {" not in refusal(as_jsonl(tmp_path, [record]))

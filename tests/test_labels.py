@@ -363,16 +363,41 @@ def test_proposed_words_survive_a_shell(words):
         assert (up, down) == tuple(words)
 
 
-@pytest.mark.parametrize("names", [("thumbs_up", "thumbs_down"), ("meta.likes", "meta.dislikes"), ("good", "bad")])
-def test_columns_of_opposite_votes_are_no_label_alone(tmp_path, names):
+@pytest.mark.parametrize("votes", [[1, 0], [True, False], ["TRUE", "FALSE"], ["2", "0"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        *[("thumbs_up", "thumbs_down"), ("meta.likes", "meta.dislikes"), ("good", "bad"), ("upvoted", "downvoted")],
+        *[("isLiked", "isDisliked"), ("nUpVotes", "nDownVotes"), ("thumbsUp", "thumbsDown")],
+    ],
+)
+def test_columns_of_opposite_votes_are_read_together(tmp_path, names, votes):
     def record(*votes):
         values = {name.split(".")[-1]: vote for name, vote in zip(names, votes, strict=True)}
         return {"prompt": "p", "completion": "c", **({"meta": values} if "." in names[0] else values)}
 
-    message = refusal(tmp_path / "f.jsonl", [record(1, 0), record(0, 0), record(0, 1)])
+    some, none = votes
+    records = [record(some, none), record(none, none), record(none, some)]
+    message = refusal(tmp_path / "f.jsonl", records)
     assert f"'{names[1]}' counts the opposite" in message
-    assert "--map FILE" in message
+    fields = {shlex.split(line)[0] for line in message.split("--label-field ")[1:]}
+    assert fields == {f"{{up: {names[0]}, down: {names[1]}}}"}
+    labels, found = feedback(tmp_path / "f.jsonl", records, label_field=fields.pop())
+    assert labels == [True, False]
+    assert found.found.left_out.counts == {UNRATED: 1}
+
+
+def test_columns_of_opposite_words_are_joined_in_a_mapping(tmp_path):
+    records = [{"prompt": "p", "completion": "c", "likes": one, "dislikes": other} for one, other in ("ab", "ba")]
+    message = refusal(tmp_path / "f.jsonl", records)
+    assert "neither is the label alone: join them in a mapping (--map FILE)" in message
     assert "--label-field" not in message
+
+
+@pytest.mark.parametrize("value", ["maybe", 1.5, -1, None, True])
+def test_a_number_of_votes_is_a_whole_number_or_a_flag(tmp_path, value):
+    records = [{"prompt": "p", "completion": "c", "up": value, "down": 1}]
+    assert "Write a whole number of votes" in refusal(tmp_path / "f.jsonl", records)
 
 
 def test_ratings_with_a_decimal_comma_are_named(tmp_path):
@@ -401,6 +426,19 @@ def test_a_column_of_what_is_undesirable_is_reversed(tmp_path):
         "has_error",
         "hallucination",
         "checks.unsafe",
+        *(
+            "issue",
+            "has_bugs",
+            "isBroken",
+            "low_quality",
+            "biased",
+            "off-topic",
+            "contains_pii",
+            "edited",
+            "regenerated",
+            "churned",
+            "hasIssue",
+        ),
     ],
 )
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), ("yes", "no"), ("1", "0")])
@@ -747,3 +785,16 @@ def test_votes_in_a_text_of_several_labels_are_not_unrated(tmp_path, value):
     assert f"f.jsonl:1: 'labels' is {json.dumps(value)}, which is no list and no object" in message
     labels, found = feedback(tmp_path / "f.jsonl", [*rows("labels", ["travel, food"]), *records[1:]])
     assert (labels, found.found.left_out.counts) == ([True, False], {UNRATED: 1})
+
+
+def test_a_label_of_a_problem_that_was_solved_is_read(tmp_path):
+    for column in ("issue_resolved", "problemSolved", "unbiased", "no_issues", "bug_free"):
+        records = [{"prompt": "p", "completion": "c", column: value} for value in (True, False)]
+        assert feedback(tmp_path / "f.jsonl", records, label_field=column)[0] == [True, False]
+
+
+def test_one_flag_beside_both_labels_contradicts_none(tmp_path):
+    records = [
+        {"prompt": "p", "completion": "c", "label": label, "deleted": False} for label in (True, False, False, False)
+    ]
+    assert not [note for note in feedback(tmp_path / "f.jsonl", records)[-1].notes() if "contradicts" in note]

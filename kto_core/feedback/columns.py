@@ -22,31 +22,13 @@ LABELS = ("label", "kto_tag")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # Columns of tool calls, which belong to the answer in another column.
 CALLS = ("tool_calls", "function_call")
-# Names of the two ratings of a pair.
-PAIR_RATINGS = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-    ("rating_chosen", "rating_rejected"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("chosen_reward", "rejected_reward"),
-    ("reward_chosen", "reward_rejected"),
-)
-# Which side of a pair is better, and by how much.
-PAIR_WINNER, PAIR_MARGIN = "winner", "margin"
-# Columns of a pair that may say that neither side is better, and objects with the rating of each side.
-PAIR_VERDICTS = (PAIR_WINNER, "status", "preference", "preferred", "choice", "verdict")
-PAIR_OBJECTS = ("ratings", "scores", "rewards", "rating", "score", "reward")
-
 # Every key of a record that may be read, besides those that options name.
 COLUMNS: Final = frozenset(
     {
         *(*PROMPTS, *COMPLETIONS, *LABELS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS),
-        *(SEVERAL, WEIGHT, "rating", "chosen", "rejected", PAIR_WINNER, PAIR_MARGIN, *CONVERSATIONS),
+        *(SEVERAL, WEIGHT, "rating", "chosen", "rejected", "winner", "margin", *CONVERSATIONS),
         *("instruction", "input", "output", "history", "tools", "chat_template_kwargs", *CALLS),
         *(name for names in COUNTS for name in names),
-        *(name for pair in PAIR_RATINGS for name in pair),
     }
 )
 

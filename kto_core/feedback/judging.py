@@ -39,6 +39,8 @@ SEVERAL = "labels"
 WEIGHT = "weight"
 # Keys of an object that is one vote.
 _VOTE_KEYS = ("label", "vote", "rating", "score", "value", "thumbs", "thumb", "reaction", "feedback")
+# One vote, or none, as a table writes it.
+_FLAGS = {"true": True, "false": False}
 _FIRST_COUNTS = frozenset(names[0] for names in COUNTS)
 _ALL_COUNTS = frozenset(name for names in COUNTS for name in names)
 # A larger number of votes, or a larger weight, is a mistake.
@@ -278,7 +280,13 @@ def _of_counts(
     where: str,
     before: str,
 ) -> tuple[Masses, Ballots]:
-    up, down = (_votes(record.get(name), where, f"{before}{name}") for name in names)
+    given = [record.get(name) for name in names]
+    flags = [flag for value in given if (flag := _flag_in(value)) is not None]
+    up, down = (
+        map(float, flags)
+        if len(flags) == 2
+        else (_votes(value, where, f"{before}{name}") for name, value in zip(names, given, strict=True))
+    )
     if up == down == 0:
         raise LeftOut(UNRATED, "no votes")
     if rule.votes == UNANIMOUS and up and down:
@@ -287,9 +295,25 @@ def _of_counts(
     return _by_rule(rule, up, down), ballots
 
 
-def _votes(value: object, where: str, field: str) -> float:
+def is_count_of_votes(value: object) -> bool:
+    """Return whether a value is a number of votes: a whole number, or true and false for one vote and none."""
+    return _flag_in(value) is not None or _whole_number_in(value) is not None
+
+
+def _flag_in(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _whole_number_in(value: object) -> float | None:
     number = number_in(value)
-    if number is None or not number.is_integer() or not 0 <= number <= _MOST:
+    return number if number is not None and number.is_integer() and 0 <= number <= _MOST else None
+
+
+def _votes(value: object, where: str, field: str) -> float:
+    number = _whole_number_in(value)
+    if number is None:
         raise FeedbackError(
             f"{where}: '{field}' is {quoted(value)}. Write a whole number of votes of at least 0 and at most {_MOST:g}, and 0 if there "
             "are none."

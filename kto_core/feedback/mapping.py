@@ -6,13 +6,12 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from offline_kto.kto_core.errors import ConfigError, FeedbackError
-from offline_kto.kto_core.feedback.columns import PAIR_RATINGS
 from offline_kto.kto_core.feedback.conversations import part_early
 from offline_kto.kto_core.feedback.judging import WEIGHT, weight_in
 from offline_kto.kto_core.feedback.label_paths import LabelPaths
@@ -20,6 +19,7 @@ from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError, i
 from offline_kto.kto_core.feedback.left_out import DEAD_ZONE, EMPTY, NO_PROMPT, TIE, LeftOut
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, Turns, as_turns
+from offline_kto.kto_core.feedback.pair_verdicts import ratings_of_sides
 from offline_kto.kto_core.feedback.paths import Path, label_path
 from offline_kto.kto_core.feedback.quoting import quoted
 
@@ -47,11 +47,10 @@ class PairPaths:
     rule: LabelRule
     scores: tuple[Path, ...] = ()
 
-    @property
-    def ratings(self) -> tuple[str, ...]:
-        """Columns with the ratings of the sides, which must fit: those of the usual names, for sides of these names."""
+    def ratings(self, columns: Iterable[str]) -> list[str]:
+        """Return the columns with ratings of the sides, which must fit: those of the usual names, for sides of these names."""
         named = self.better is None and "chosen" in self.first.text and "rejected" in self.second.text
-        return tuple(name for pair in PAIR_RATINGS for name in pair) if named else ()
+        return [name for one in ratings_of_sides(tuple(columns)) for name in one.names] if named else []
 
     def sides(self, data: Record, where: str) -> tuple[object, object]:
         """Return (chosen, rejected).
@@ -255,7 +254,7 @@ class Mapping:
             chosen, rejected = self.pair.sides(data, where)
             row["chosen"] = self.answer(chosen, self.pair.first, data, where)
             row["rejected"] = self.answer(rejected, self.pair.second, data, where)
-            row |= {name: data[name] for name in self.pair.ratings if data.get(name) is not None}
+            row |= {name: data[name] for name in self.pair.ratings(data) if data.get(name) is not None}
         else:
             assert self.label is not None
             row["label"] = self.label.read(data, where)

@@ -1,15 +1,10 @@
 """Read a preference pair: two answers to one prompt, of which the chosen one is better."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import (
     LABELS,
-    PAIR_MARGIN,
-    PAIR_OBJECTS,
-    PAIR_RATINGS,
-    PAIR_VERDICTS,
-    PAIR_WINNER,
     FeedbackFields,
     is_alpaca,
     prompt_value,
@@ -24,12 +19,11 @@ from offline_kto.kto_core.feedback.conversations import (
     with_system,
 )
 from offline_kto.kto_core.feedback.json_values import canonical_json
-from offline_kto.kto_core.feedback.labels import DECIMAL_COMMA, is_tie, number_in
-from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, TIE, LeftOut
+from offline_kto.kto_core.feedback.left_out import SAME_ANSWERS, LeftOut
 from offline_kto.kto_core.feedback.messages import Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.pair_verdicts import check_sides
 from offline_kto.kto_core.feedback.paths import Path, key_path
 from offline_kto.kto_core.feedback.quoting import quoted
-from offline_kto.kto_core.feedback.stored_values import opened
 
 
 def is_pair(record: Mapping[str, object], fields: FeedbackFields) -> bool:
@@ -85,7 +79,7 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     rejected = as_turns(present["rejected"], where, "rejected")
     if canonical_json(chosen, where) == canonical_json(rejected, where):  # as JSON: to Python, 1 and true are the same
         raise LeftOut(SAME_ANSWERS)
-    _check_ratings(present, where, fields)
+    check_sides(present, where, fields)
     prompt = _pair_prompt(present, where, fields)
     answers: tuple[Turns, ...]
     if prompt is None:
@@ -100,63 +94,6 @@ def pair_in(present: Mapping[str, object], where: str, fields: FeedbackFields) -
     check_completion(answers[0], where, "chosen")
     check_completion(answers[1], where, "rejected")
     return prompt if is_alpaca(present, fields) else with_system(prompt, present, where), answers
-
-
-def _check_ratings(present: Mapping[str, object], where: str, fields: FeedbackFields) -> None:
-    """Compare the ratings of a pair, if it has any. Raises: LeftOut: a tie; FeedbackError: the rejected one is better."""
-    margin = _number(present, PAIR_MARGIN, PAIR_MARGIN, where)
-    fields.read.update([PAIR_MARGIN] if margin is not None else ())
-    worse = [PAIR_MARGIN] if margin is not None and margin < 0 else []
-    # A `status` may be that of the record.
-    verdicts = ((name, present.get(name)) for name in PAIR_VERDICTS if name != "status")
-    worse += [name for name, value in verdicts if isinstance(value, str) and value.strip().lower() == "rejected"]
-    if worse:
-        name = worse[0]
-        raise FeedbackError(
-            f"{where}: '{name}' is {quoted(present[name])}, so 'rejected' is better than 'chosen'. Swap them, or remove "
-            f"'{name}' if it does not apply."
-        )
-    for name in PAIR_VERDICTS:
-        verdict = present.get(name)
-        if name == PAIR_WINNER and isinstance(verdict, str) and verdict.strip().lower() == "chosen":
-            fields.read.add(name)  # any other winner, such as "B", says nothing here: the plan lists it as not read
-        if isinstance(verdict, str) and is_tie(verdict):
-            fields.read.add(name)
-            raise LeftOut(TIE, f"'{name}' is {quoted(verdict)}")
-    for names, chosen, rejected in _ratings(present, where, fields):
-        if chosen == rejected:
-            raise LeftOut(TIE, f"both are rated {chosen:g}")
-        if chosen < rejected:
-            raise FeedbackError(
-                f"{where}: 'rejected' is rated above 'chosen' ({names[1]} {rejected:g}, {names[0]} {chosen:g}). Swap them, "
-                "or remove the ratings if they do not apply."
-            )
-
-
-def _ratings(
-    present: Mapping[str, object], where: str, fields: FeedbackFields
-) -> Iterator[tuple[tuple[str, str], float, float]]:
-    """Yield (names, rating of chosen, rating of rejected) for each two ratings, in columns or in one object."""
-    for names in PAIR_RATINGS:
-        chosen, rejected = (_number(present, name, name, where) for name in names)
-        if chosen is not None and rejected is not None:
-            fields.read.update(names)
-            yield names, chosen, rejected
-    for name in PAIR_OBJECTS:
-        ratings = opened(present[name]) if name in present else None
-        if isinstance(ratings, Mapping):
-            chosen, rejected = (_number(ratings, side, f"{name}.{side}", where) for side in ("chosen", "rejected"))
-            if chosen is not None and rejected is not None:
-                fields.read.add(name)
-                yield (f"{name}.chosen", f"{name}.rejected"), chosen, rejected
-
-
-def _number(ratings: Mapping[str, object], key: str, name: str, where: str) -> float | None:
-    """Return the number at a key; None for other values. Raises: FeedbackError: a number with a decimal comma."""
-    value = ratings.get(key)
-    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value.strip()) is not None:
-        raise FeedbackError(f"{where}: '{name}' is {quoted(value)}. Write decimal numbers with a point.")
-    return number_in(value)
 
 
 def _pair_prompt(present: Mapping[str, object], where: str, fields: FeedbackFields) -> Turns | None:

@@ -55,6 +55,8 @@ from offline_kto.kto_core.feedback.left_out import EMPTY, MEDIA, NO_PROMPT, UNRA
 from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, MisreadMessagesError, Turns, as_conversation, as_turns
+from offline_kto.kto_core.feedback.own_answers import another_answer, is_own_answer
+from offline_kto.kto_core.feedback.pair_proposals import proposed_pair
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.preference_pairs import is_pair, pair_in
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -64,19 +66,8 @@ from offline_kto.kto_core.judgements import Judgement, Masses
 
 # Keys that say something about a message and are no part of it.
 _ABOUT = ("id", "label", "feedback", "rating", "score", "model", "created_at", "timestamp")
-# Columns that may have the answer beside messages, besides those that are read.
-_ANSWERS = (
-    "output",
-    "outputs",
-    "output_text",
-    "reply",
-    "result",
-    "generation",
-    "generated_text",
-    "model_output",
-    "text",
-    "content",
-)
+# Columns that may have the answer beside messages, besides those of a model's own answers.
+_ANSWERS = ("result", "content")
 
 
 @dataclass(frozen=True)
@@ -344,6 +335,7 @@ def _single(
     else:
         raise _unknown_format(present, where, fields)
     check_completion(completion, where, name)
+    _check_own_answers(present, name, prompt, completion, where, fields)
     return form, prompt, completion
 
 
@@ -402,6 +394,32 @@ def _check_other_answers(present: Mapping[str, object], used: str, where: str, f
         refuse_another(present, used, other, where, "--completion-field")
 
 
+def _check_own_answers(
+    present: Mapping[str, object], used: str, prompt: Turns, completion: Turns, where: str, fields: FeedbackFields
+) -> None:
+    """Refuse a row whose answer seems to be the expected one, because another column has what the model wrote."""
+    if fields.completion is not None:
+        return
+    asked, answered = _last_text(prompt), _last_text(completion)
+    other = another_answer(present, used, asked, answered)
+    if other is None:
+        return
+    if used in CONVERSATIONS:
+        raise FeedbackError(
+            f"{where}: the last message of '{used}' and '{other}' differ, and only one of them can be read. Pass --prompt-field "
+            f"'{used}[:-1]' with --completion-field {key_path(other)}, or with --completion-field '{used}[-1].content', or remove "
+            f"'{other}'."
+        )
+    raise FeedbackError(
+        f"{where}: '{used}' and '{other}' differ, and only one of them can be read. If '{other}' is the model's answer, and '{used}' "
+        f"the expected one, pass --completion-field {key_path(other)}; else --completion-field {key_path(used)}, or remove '{other}'."
+    )
+
+
+def _last_text(side: Turns) -> str:
+    return side if isinstance(side, str) else side[-1]["content"] if side else ""
+
+
 def _check_other_prompts(
     present: Mapping[str, object], used: str, answer: str, where: str, fields: FeedbackFields
 ) -> None:
@@ -450,7 +468,8 @@ def _check_ends_with_answer(
     if role == "assistant":
         return
     begun = f"{where}: the label is that of the last message of '{name}', which must have the role \"assistant\", got {quoted(role)}"
-    beside = next((one for one in _ANSWERS if isinstance(present.get(one), str)), None)
+    texts = (one for one, value in present.items() if isinstance(value, str))
+    beside = next((one for one in texts if one in _ANSWERS or is_own_answer(one)), None)
     if beside is not None:
         raise FeedbackError(
             f"{begun}. If '{beside}' has the answer to these messages, pass --completion-field {beside}."
@@ -489,6 +508,11 @@ def _unknown_format(present: Mapping[str, object], where: str, fields: FeedbackF
         instead = f", or pass {' '.join(options)}" if len(options) == len(renamed) else ""
         return _UnknownFormatError(
             f"{where}: none of the known formats, whose columns have names in lower case. Rename {renames}{instead}."
+        )
+    if fields.completion is None and (pair := proposed_pair(present)):
+        return _UnknownFormatError(
+            f"{where}: none of the known formats; {columns_in_words(present)}. If these are pairs, describe the file with --map FILE: "
+            f"{pair}."
         )
     for here, missing in (("chosen", "rejected"), ("rejected", "chosen"), ("instruction", "output")):
         if here in present and missing not in present:

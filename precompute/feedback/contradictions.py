@@ -10,6 +10,8 @@ from typing import Final
 from offline_kto.kto_core.feedback.columns import COMPLETIONS, CONVERSATIONS
 from offline_kto.kto_core.feedback.judging import COUNTS
 from offline_kto.kto_core.feedback.labels import has_no_value, is_rating_name
+from offline_kto.kto_core.feedback.own_answers import is_own_answer
+from offline_kto.kto_core.feedback.pair_verdicts import is_about_sides
 from offline_kto.kto_core.feedback.quoting import counted, quoted
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.scales import Scale
@@ -84,10 +86,12 @@ def _verdicts_of_message(record: Mapping[str, object], number: int) -> Iterator[
 
 
 class ColumnsToRead(frozenset[str]):
-    """The names of columns to read; names of verdicts are among them."""
+    """The names of columns to read; names of verdicts, also on sides of pairs, and of models' own answers are among them."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or (isinstance(name, str) and is_verdict(name))
+        if super().__contains__(name) or not isinstance(name, str):
+            return super().__contains__(name)
+        return is_verdict(name) or is_own_answer(name) or is_about_sides(name)
 
 
 @dataclass
@@ -153,8 +157,9 @@ class Contradictions:
         scale, key = Scale(values), name.rpartition(_OF_MESSAGES)[2]
         if len(scale.counts) > _MOST_VALUES:
             return ""
-        if scale.is_numbers and len(scale.counts) == 1 and len({label for _, label in counts}) == 2:
-            return ""  # one number beside both labels judges nothing
+        is_judged_by_name = scale.is_numbers or is_undesirable(key)
+        if is_judged_by_name and len(scale.counts) == 1 and len({label for _, label in counts}) == 2:
+            return ""  # one number, or one flag such as "deleted", beside both labels judges nothing
         turned = is_turned_round(key, scale.counts)
         if is_undesirable(key) and not turned:  # a scale of unknown direction, or words
             return ""

@@ -11,7 +11,7 @@ from offline_kto.kto_core.cache.manifest import PROMPT_TOO_LONG
 from offline_kto.kto_core.durable_files import write_text, written_to
 from offline_kto.kto_core.errors import ConfigError, FeedbackError, KTOError, nearest, printable
 from offline_kto.kto_core.feedback.chat_markers import RenderedText
-from offline_kto.kto_core.feedback.columns import COLUMNS, PAIR_OBJECTS, PAIR_VERDICTS, FeedbackFields, columns_in_words
+from offline_kto.kto_core.feedback.columns import COLUMNS, FeedbackFields, columns_in_words
 from offline_kto.kto_core.feedback.label_paths import SeveralScoresError
 from offline_kto.kto_core.feedback.labels import LabelRule, UnknownLabelError
 from offline_kto.kto_core.feedback.left_out import (
@@ -400,7 +400,7 @@ class Feedback:
         config = self._config
         named = (config.prompt_field, config.completion_field, config.label_field, config.weight_field)
         roots = (word.strip('" ') for name in named if name for word in (*re.split(r"[.\[|]", name), *_words(name)))
-        ours = {*COLUMNS, *PAIR_VERDICTS, *PAIR_OBJECTS, *CONVERSATIONS, *FAILURES, "split"}
+        ours = {*COLUMNS, *CONVERSATIONS, *FAILURES, "split"}
         return ColumnsToRead({*ours, *roots, *(name for name in named if name)})
 
     def _rows_of(self, record: AnyMapping[str, object], where: str) -> Iterator[FeedbackRow]:

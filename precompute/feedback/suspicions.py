@@ -13,6 +13,7 @@ from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
 from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_text import resembles_messages
 from offline_kto.kto_core.feedback.messages import Turns
+from offline_kto.kto_core.feedback.pair_verdicts import doubtful
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.stored_values import opened
 from offline_kto.precompute.feedback.places_found import Places
@@ -33,8 +34,9 @@ _ROLES_IN_WORDS = re.compile(
     r"\n(?:assistant|ai|bot):\s*\Z|\A(?:system|user)\n[\s\S]*\nassistant\s*\Z|(?:\A|\n)(?:user|human):[\s\S]*?\n(?:assistant|ai|bot|model):",
     re.IGNORECASE,
 )
-# Shorter prompts may begin an answer by chance, and a few answers may repeat a question.
+# Shorter prompts may begin an answer by chance, unless most answers do, and a few answers may repeat a question.
 _LONG_PROMPT, _MANY = 20, 0.1
+_SHORT_PROMPT, _MOST = 3, 0.5
 _MOST_ROLES = 10
 # Columns with the conversation of a record. A session may contain several conversations, unless the turns are counted.
 _SESSIONS = ("session_id", "sessionId")
@@ -73,11 +75,13 @@ class Suspicions:
         media: rows whose texts refer to media that the record does not have, or contain them in base64.
         messages: rows with a text that resembles messages.
         marks: rows of messages with the turn marks of a chat template that is not the tokenizer's.
-        repeated: rows whose answer begins with its prompt.
+        repeated: rows whose answer begins with its prompt, which is long.
+        begun: rows whose answer begins with its prompt, however short.
         silent: rows with an earlier answer that is empty.
         rows: number of rows.
         roles: rows by their unknown roles, of which a template writes whatever they are.
         failed: records by the column, or the key in what a model returned, that says that their answer failed.
+        doubtful: pairs by the column that may say that their rejected side is the better one.
         conversations: number of records by the hash of their conversation, for each column that names it.
         has_earlier_turns: whether a prompt contains an earlier answer.
         is_part: whether this is one part of the data, to be merged. Limits apply to all parts together.
@@ -87,22 +91,26 @@ class Suspicions:
     messages: Places = field(default_factory=Places)
     marks: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
+    begun: Places = field(default_factory=Places)
     silent: Places = field(default_factory=Places)
     roles: dict[str, Places] = field(default_factory=dict)
     rows: int = 0
     failed: dict[str, Places] = field(default_factory=dict)
+    doubtful: dict[str, Places] = field(default_factory=dict)
     conversations: dict[str, Counter[int]] = field(default_factory=dict)
     has_earlier_turns: bool = False
     is_part: bool = False
 
     def add_record(self, record: Mapping[str, object], where: str) -> None:
-        """Count a record of a conversation, or of an answer that failed."""
+        """Count a record of a conversation, of an answer that failed, or of a pair with a doubtful order."""
         for name in record.keys() & FAILURES.keys():
             if _failed(record[name], FAILURES[name]):
                 self.failed.setdefault(name, Places()).add(where)
         for name in record.keys() & _RETURNED:
             for found in dict.fromkeys(_stopped(record[name], name)):
                 self.failed.setdefault(found, Places()).add(where)
+        for name in doubtful(record):
+            self.doubtful.setdefault(name, Places()).add(where)
         for name in record.keys() & _CONVERSATIONS:
             value = record[name]
             if name in _SESSIONS and value is not None and record.keys().isdisjoint(_TURNS):
@@ -121,8 +129,10 @@ class Suspicions:
         if not isinstance(row.prompt, str) and any(map(_has_turn_marks, asked)):
             self.marks.add(row.where)
         question = asked[-1].strip() if asked else ""
-        if len(question) >= _LONG_PROMPT and answered and answered[0].lstrip().startswith(question):
-            self.repeated.add(row.where)
+        if len(question) >= _SHORT_PROMPT and answered and answered[0].lstrip().startswith(question):
+            self.begun.add(row.where)
+            if len(question) >= _LONG_PROMPT:
+                self.repeated.add(row.where)
         if not isinstance(row.prompt, str) and any(message["role"] == "assistant" for message in row.prompt):
             self.has_earlier_turns = True
             if any(message["role"] == "assistant" and not says_something(message) for message in row.prompt):
@@ -141,6 +151,7 @@ class Suspicions:
         self.messages.merge(later.messages)
         self.marks.merge(later.marks)
         self.repeated.merge(later.repeated)
+        self.begun.merge(later.begun)
         self.silent.merge(later.silent)
         self.rows += later.rows
         for role, places in later.roles.items():
@@ -148,6 +159,8 @@ class Suspicions:
                 self.roles.setdefault(role, Places()).merge(places)
         for name, places in later.failed.items():
             self.failed.setdefault(name, Places()).merge(places)
+        for name, places in later.doubtful.items():
+            self.doubtful.setdefault(name, Places()).merge(places)
         for name, counts in later.conversations.items():
             self.conversations.setdefault(name, Counter()).update(counts)
         self.has_earlier_turns = self.has_earlier_turns or later.has_earlier_turns
@@ -172,6 +185,13 @@ class Suspicions:
                     f"records whose '{name}' suggests that the answer failed, was cut or was deleted, or its vote withdrawn: {places}. "
                     "Remove them, or leave them out with `where` in a mapping (--map FILE), if their answers were not judged as they are."
                 )
+        for name, places in sorted(self.doubtful.items()):
+            if name in unused:
+                found.append(
+                    f"pairs whose '{name}' may mean that 'rejected' is the better side: {places}. It is not read: 'chosen' is taken "
+                    "as the better one. Swap the sides of these pairs, or leave them out with `where` in a mapping (--map FILE), if it "
+                    "means that."
+                )
         if self.media:
             found.append(
                 "rows with <image>, <video> or <audio> in the prompt, or a text with media (data:image/..., @@@langfuseMedia:...): "
@@ -187,9 +207,10 @@ class Suspicions:
                 f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {self.marks}. "
                 "They are scored as words of a message; write the turns as messages, or keep text with --chat never."
             )
-        if self.repeated and self.repeated.count >= _MANY * self.rows:
+        repeated = self.begun if self.begun.count >= _MOST * self.rows else self.repeated
+        if repeated and repeated.count >= _MANY * self.rows:
             found.append(
-                f"rows whose answer begins with the whole prompt: {self.repeated}. It is scored as part of the answer; "
+                f"rows whose answer begins with the whole prompt: {repeated}. It is scored as part of the answer; "
                 "remove it from the answers if the model did not write it."
             )
         if self.silent:

@@ -259,7 +259,7 @@ class UsedColumns:
         if self._mapping is None:
             return self.read.union(self._fields.read, *(read_in_form(form, self._fields) for form in forms))
         pair = self._mapping.pair
-        ratings = set() if pair is None else {name for name in pair.ratings if name in columns}
+        ratings = set() if pair is None else {*pair.ratings(columns)}
         names = [] if self._label is None or self._label.scores is None else _chosen(self._label)
         scores = {column for column in columns if any(_is_score(column, name) for name in names)}
         turns = self._mapping.turns

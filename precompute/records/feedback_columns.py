@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from offline_kto.kto_core.feedback.columns import CONVERSATIONS
+from offline_kto.kto_core.feedback.judging import is_count_of_votes
 from offline_kto.kto_core.feedback.labels import has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.paths import key_path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -25,7 +26,12 @@ _UNDESIRABLE = re.compile(
     "toxic|harm(?!less)|unsafe|flag|redact|error|spam|halluc|refus|offens|violat|violen|abus|incorrect|wrong|unhelpful|bad(?!ge)|"
     "fail|reject|dislike|down_?vote|negative|thumbs?_?down|inappropriate|nsfw|(?<!w)hate|insult|profan|inaccura|invalid|"
     "unaccept|useless|irrelevant|mislead|complain|escalat|reported$|needs?_?(?:fix|edit|improve|work|revis|correct|rewrit)|dissatisf|unsatisf|"
-    "unresolved|unsolved|untrue|unfaithful|misinform|incomplete|schlecht|falsch|fehler(?!frei)|unbrauchbar|nutzlos",
+    "unresolved|unsolved|untrue|unfaithful|misinform|incomplete|schlecht|falsch|fehler(?!frei)|unbrauchbar|nutzlos|"
+    r"(?<![a-z])(?:issue|problem|bug)s?(?![a-z])(?!.*(?:solved|fixed|addressed|closed))|buggy|broken|(?<![a-z])(?:poor|worse|worst|pii|rude|"
+    "stale|edited|corrected|reverted|deleted|removed|retracted|withdrawn|cut_?off|abandoned|ignored|skipped|retr(?:y|ied)|leaks?|leaked)|"
+    "low[ _-]?quality|(?<!un)bias|fabricat|confus|outdated|obsolete|repetit|off[ _-]?topic|jailb|regenerat|re_?generated|rephrased|churn|"
+    "nonsens|gibberish|garbage|truncated|unclear|unsupported|ungrounded|unfounded|unnatural|contradict|inconsisten|evasive|sycophan|"
+    "plagiar|malicious|dangerous|illegal|racis|sexis|vulgar|disappoint|frustrat|annoy|schlimm|veraltet",
     re.IGNORECASE,
 )
 # Names that deny what is desirable: true is undesirable, as in "not_useful".
@@ -38,6 +44,8 @@ _NOT_GOOD = re.compile(
 _DENIED = re.compile(
     r"(?<![a-z])(?:not?|non|never|without|zero)(?![a-z])|(?<![a-z])non(?=toxic|harm)|[_-]?free(?![a-z])", re.IGNORECASE
 )
+# Where a word begins in a name such as "hasIssue".
+_NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Paths that only name a value; an expression may turn it round.
 _PLAIN_PATH = re.compile(r"[^!=<>|&(){}`?*,]+")
 # An expression with a name and a path for each objective.
@@ -46,17 +54,11 @@ _OBJECTIVES = re.compile(r"(?:[^{}]*\.)?\{([^{}]*)\}")
 _BY_NAME = re.compile(r"""\[\?\s*\w+\s*==\s*[`'"]+([^`'"]*)[`'"]+\s*\](?:\s*\|\s*(?=\[))?""")
 # Values that mean that something is there or not, whether it is good or bad; other words say that themselves.
 _YES_AND_NO = frozenset(("true", "false", "1", "0", "1.0", "0.0", "yes", "no", "y", "n", "positive", "negative"))
-# Words of two columns that count opposite votes.
+# Words of two columns with opposite votes; also capitalised, as in "isLiked" and "UpVotes".
 _OPPOSITES = (
     *(("up", "down"), ("like", "dislike"), ("likes", "dislikes"), ("liked", "disliked"), ("upvote", "downvote")),
-    *(("upvotes", "downvotes"), ("positive", "negative"), ("good", "bad"), ("thumbsup", "thumbsdown")),
-    *(
-        ("UpVotes", "DownVotes"),
-        ("upVotes", "downVotes"),
-        ("Upvotes", "Downvotes"),
-        ("Up", "Down"),
-        ("Likes", "Dislikes"),
-    ),
+    *(("upvotes", "downvotes"), ("upvoted", "downvoted"), ("positive", "negative"), ("good", "bad")),
+    *(("thumbsup", "thumbsdown"), ("accepted", "rejected"), ("approved", "disapproved"), ("helpful", "unhelpful")),
 )
 # Keys of a vote that belongs to one message of several.
 _OF_A_TURN = re.compile("message|turn|index|step|run", re.IGNORECASE)
@@ -92,10 +94,11 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
         if (found := _counterpart(path, counts)) is not None:
             up, down = found
             other = down if path == up else up
-            line = f": `votes: {{up: {up}, down: {down}}}`" if numbers == len(values) else ""
+            is_count = all(is_count_of_votes(value.strip('"')) for value in values)
+            votes = f"--label-field {shlex.quote(f'{{up: {up}, down: {down}}}')}"
+            todo = f"pass {votes}" if is_count else "join them in a mapping (--map FILE)"
             lines.append(
-                f"{path}: {scale.in_words()}; '{other}' counts the opposite, so neither is the label alone: join them "
-                f"in a mapping (--map FILE){line}"
+                f"{path}: {scale.in_words()}; '{other}' counts the opposite, so neither is the label alone: {todo}"
             )
             continue
         proposal = "" if usual[path] else scale.proposal() or "--up ... --down ..."
@@ -111,9 +114,10 @@ def feedback_columns(records: Iterable[Located]) -> list[str]:
 
 def is_undesirable(path: str) -> bool:
     """Return whether a name is that of what is undesirable, so that true, 1 and yes mean a bad answer."""
-    if _NOT_GOOD.search(path) is not None:
+    words = _NEW_WORD.sub("_", path)
+    if _NOT_GOOD.search(words) is not None:
         return True
-    return _UNDESIRABLE.search(path) is not None and _DENIED.search(path) is None
+    return _UNDESIRABLE.search(words) is not None and _DENIED.search(words) is None
 
 
 def plain_path(path: str) -> str:
@@ -160,7 +164,8 @@ def _counterpart(path: str, columns: Collection[str]) -> tuple[str, str] | None:
     """Return a path and the column with the opposite word, the good one first: thumbs_up and thumbs_down; None without one."""
     for words in _OPPOSITES:
         for here, there in (words, words[::-1]):
-            other = re.sub(rf"(?<![a-z]){here}(?![a-z])", there, path)
+            other = re.sub(rf"(?<![A-Za-z]){here}(?![a-z])", there, path)
+            other = re.sub(rf"{here.capitalize()}(?![a-z])", there.capitalize(), other)
             if other != path and other in columns:
                 return (path, other) if here == words[0] else (other, path)
     return None
