@@ -569,6 +569,41 @@ def test_files_of_a_folder_that_are_not_read_are_named(folder, names, unread):
 
 
 @pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("begin", ["train", "data/train", "part"])
+def test_a_part_of_a_whole_that_is_missing_is_named(folder, suffix, begin):
+    (folder / "data").mkdir()
+    names = [f"{begin}-{number:05}-of-00003.{suffix}" for number in range(3)]
+    for name in names:
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(ROWS), folder / name)
+        else:
+            text = (jsonl(ROWS) if suffix.startswith("jsonl") else as_csv(ROWS)).encode()
+            save(folder / name, gzip.compress(text) if suffix.endswith("gz") else text)
+    assert len(read(folder)) == 3 * len(ROWS)
+    (folder / names[1]).unlink()
+    with pytest.raises(FeedbackError, match=r"2 of 3 parts are there; missing: ") as caught:
+        read(folder)
+    assert f'["{os.path.basename(names[1])}"]' in str(caught.value)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_parts_may_be_numbered_from_1(folder):
+    for number in (1, 2):
+        save(folder / f"part-0000{number}-of-00002.jsonl", jsonl(ROWS))
+    assert len(read(folder)) == 2 * len(ROWS)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["a.jsonl.bak", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.old", "a.jsonl.swp", "~a.jsonl"])
+def test_backups_in_a_folder_are_not_read(folder, name):
+    save(folder / "a.jsonl", jsonl(ROWS))
+    save(folder / name, "{")
+    assert [row for _, row in read(folder)] == ROWS
+    assert warnings_about(str(folder)) == [f'{folder}: backups and temporary copies are not read: "{name}".']
+
+
+@pytest.mark.usefixtures("datasets_cache")
 def test_a_folder_of_tsv_files_is_read(folder):
     save(folder / "a.tsv", as_csv(ROWS[:1], delimiter="\t"))
     assert len(read(folder)) == 1
