@@ -967,6 +967,13 @@ def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
         ("exception", ["Traceback", None], 1),
         ("error_message", ["timeout", "none"], 1),
         ("level", ["ERROR", "DEFAULT"], 1),
+        ("status", ["draft", "submitted"], 1),
+        ("state", ["ERROR", "OK"], 1),
+        ("response_status", [500, 200], 1),
+        ("response_status", [204, 200], 0),
+        ("truncated", [True, False], 1),
+        ("discarded", [True, None], 1),
+        ("is_spam", [True, False], 1),
     ],
 )
 def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
@@ -1426,6 +1433,25 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
         ({"prompt": "system\nYou are Qwen.\nuser\n1?\nassistant\n"}, "turn marks of a chat template"),
         ({"prompt": "system: Be.\nuser: 1?\nassistant: one\nuser: 2?"}, "turn marks of a chat template"),
         ({"prompt": [user("<start_of_turn>user\n1?<end_of_turn>\n")]}, "turn marks of a chat template"),
+        ({"prompt": "USER: 1? ASSISTANT:"}, "turn marks of a chat template"),
+        ({"prompt": "A chat. USER: 1? ASSISTANT: one</s>USER: 2? ASSISTANT:"}, "turn marks of a chat template"),
+        (
+            {
+                "prompt": "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>1?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+            },
+            "turn marks of a chat template",
+        ),
+        ({"prompt": "<|start|>user<|message|>1?<|end|><|start|>assistant"}, "turn marks of a chat template"),
+        (
+            {"completion": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"},
+            "marks of further turns or channels: 1 (first: f.jsonl:2)",
+        ),
+        ({"completion": "4\n\nHuman: 5?\n\nAssistant: 5"}, "marks of further turns or channels: 1 (first: f.jsonl:2)"),
+        ({"completion": "4<|im_start|>user\n5?"}, "marks of further turns or channels: 1 (first: f.jsonl:2)"),
+        (
+            {"prompt": [user("a"), {"role": "assistant", "content": "Sorry", "status": "error"}, user("b")]},
+            "a message that failed in the prompt ('status'): 1 (first: f.jsonl:2)",
+        ),
         (
             {"prompt": "What is the capital of Peru?", "completion": "What is the capital of Peru?\nLima"},
             "begins with the whole prompt: 1 (first: f.jsonl:2)",
@@ -1440,6 +1466,26 @@ def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
         feedback.keep(row)
     (note,) = feedback.notes()
     assert part in note
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What do USER and ASSISTANT: mean?"},
+        {"prompt": "ASSISTANT: is written before USER: in it"},
+        {"completion": "Assistant: yes\n\nHuman: no"},
+        {"completion": "if a <|b|> c, ### Response: [/INST]"},
+        {"prompt": [user("a"), {"role": "assistant", "content": "x", "status": "finished"}, user("b")]},
+    ],
+)
+def test_rows_that_only_resemble_these_are_not_named(tmp_path, record):
+    good = {"prompt": "p", "completion": "c", "label": True}
+    feedback = Feedback(
+        PrecomputeConfig(model="m", data=str(as_jsonl(tmp_path, [{**good, **record}]))), has_template=True
+    )
+    for row in feedback.rows():
+        feedback.keep(row)
+    assert feedback.notes() == []
 
 
 def test_two_messages_of_one_id_are_named(tmp_path):

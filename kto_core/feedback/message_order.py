@@ -1,5 +1,6 @@
 """Refuse conversations that are stored newest first: an answer would get later messages as its prompt."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -48,5 +49,4 @@ def _falls(key: str, messages: Sequence[object]) -> bool:
         order = in_order(times)
     except ValueError:
         return False
-    pairs = zip(order, order[1:], strict=False)
-    return bool(order[-1] < order[0]) and all(later <= earlier for earlier, later in pairs)
+    return bool(order[-1] < order[0]) and all(later <= earlier for earlier, later in itertools.pairwise(order))
