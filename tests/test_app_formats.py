@@ -1084,3 +1084,23 @@ def test_a_record_of_another_format_is_not_called_unrated(tmp_path: Path, name: 
     assert rows == case.rows
     assert left_out == {**case.left_out, "another format": 1}
     assert '"prompt"' in feedback.found.left_out.rows[-1][2]
+
+
+@pytest.mark.parametrize("before", ["", "summary.weave."])
+@pytest.mark.parametrize(
+    ("column", "verdicts"),
+    [
+        ("[wandb.reaction.1].payload.emoji", ["\U0001f44d", "\U0001f44e"]),
+        ("[wandb.reaction.1].payload.alias", [":+1:", ":-1:"]),
+        ("[wandb.reaction.1].payload.alias", [":thumbs_up:", ":thumbs_down:"]),
+        ("[wandb.annotation.thumbs].payload.value", ["True", "False"]),
+    ],
+)
+def test_each_column_of_weave_with_a_verdict_is_read(
+    tmp_path: Path, before: str, column: str, verdicts: list[str]
+) -> None:
+    name = f"{before}feedback.{column}"
+    records = [{"id": str(i), "inputs.question": f"{i}?", "output": "x", name: one} for i, one in enumerate(verdicts)]
+    rows, _, used, _ = read(write(tmp_path / "f.csv", records))
+    assert used == "Weave calls (CSV)"
+    assert [label for *_, label in rows] == [True, False]

@@ -2365,3 +2365,19 @@ def test_contents_that_are_text_are_the_question_of_a_call(tmp_path, contents):
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["Hi", "Hello"], True, False)]
     record["inputs"] |= {"question": "And you?", "contents": "some text"}  # which is another's
     assert read(as_jsonl(tmp_path, [record]))[0] == [(["And you?", "Hello"], True, False)]
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+def test_an_option_may_name_a_key_with_a_dot(tmp_path, container):
+    records = [{"In.q": f"{good}?", "In.a": "x", "Answer.rating": good} for good in (True, False)]
+    options = {"prompt_field": "In.q", "completion_field": "In.a", "label_field": "Answer.rating"}
+    rows, _, feedback = read(container(tmp_path, records), **options)
+    assert [(prompt, label) for (prompt, _), label, _ in rows] == [("True?", True), ("False?", False)]
+    assert feedback.unused_columns() == []
+
+
+def test_a_key_with_a_dot_comes_before_a_path(tmp_path):
+    nested = {"prompt": "q", "Answer": {"text": "nested"}, "label": True}
+    options = {"completion_field": "Answer.text"}
+    assert read(as_jsonl(tmp_path, [nested]), **options)[0] == [up("q", "nested")]
+    assert read(as_jsonl(tmp_path, [{**nested, "Answer.text": "own"}]), **options)[0] == [up("q", "own")]

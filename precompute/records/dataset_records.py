@@ -161,8 +161,8 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     Backups and temporary copies are not among them.
 
     Raises:
-        FeedbackError: no such split, a part of it is missing (train-00002-of-00003.parquet), several splits that fit, several formats (of which datasets
-            would silently read one), or a reference cache.
+        FeedbackError: no such split, a part of it is missing (train-00002-of-00003.parquet), several splits that fit, several
+            formats (of which datasets would silently read one), or a reference cache.
     """
     found = _splits(path)
     finer = _named_splits(path, found)
