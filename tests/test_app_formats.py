@@ -1104,3 +1104,24 @@ def test_each_column_of_weave_with_a_verdict_is_read(
     rows, _, used, _ = read(write(tmp_path / "f.csv", records))
     assert used == "Weave calls (CSV)"
     assert [label for *_, label in rows] == [True, False]
+
+
+@pytest.mark.parametrize("words", [("t", "f"), ("true", "false"), ("1", "0"), (True, False)])
+def test_votes_of_the_chatbot_as_postgres_writes_them(tmp_path: Path, words: tuple[object, object]) -> None:
+    up, down = words
+    said = {"chatId": "c", "attachments": []}
+    turns = [("user", "1?", None), ("assistant", "one", up), ("user", "2?", None), ("assistant", "two", down)]
+    records = [
+        {
+            "id": str(n),
+            **said,
+            "role": role,
+            "parts": [{"type": "text", "text": text}],
+            "createdAt": n,
+            "isUpvoted": vote,
+        }
+        for n, (role, text, vote) in enumerate(turns)
+    ]
+    rows, _, used, _ = read(write(tmp_path / "f.csv", records))
+    assert used == "AI SDK chatbot messages"
+    assert [label for *_, label in rows] == [True, False]

@@ -2381,3 +2381,18 @@ def test_a_key_with_a_dot_comes_before_a_path(tmp_path):
     options = {"completion_field": "Answer.text"}
     assert read(as_jsonl(tmp_path, [nested]), **options)[0] == [up("q", "nested")]
     assert read(as_jsonl(tmp_path, [{**nested, "Answer.text": "own"}]), **options)[0] == [up("q", "own")]
+
+
+@pytest.mark.parametrize("words", [("yes", "no"), ("on", "off")])
+def test_words_that_yaml_reads_as_booleans_must_be_quoted(tmp_path, words):
+    good, bad = words
+    path = as_jsonl(tmp_path, [{"q": "q", "a": good, "ok": good}, {"q": "q", "a": bad, "ok": bad}])
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(f"prompt: q\ncompletion: a\nlabel: {{path: ok, up: [{good}], down: [{bad}]}}\n")
+    message = refusal(path, map=str(mapping))
+    assert f'Put the words of up and down in quotes: "{good}", "{bad}".' in message
+    assert "--up" not in message
+    mapping.write_text(f'prompt: q\ncompletion: a\nlabel: {{path: ok, up: ["{good}"], down: ["{bad}"]}}\n')
+    assert read(path, map=str(mapping))[0] == [up("q", good), down("q", bad)]
+    mapping.write_text("prompt: q\ncompletion: a\nlabel: {path: ok, up: [true], down: [false]}\n")
+    assert "in quotes" not in refusal(as_jsonl(tmp_path, [{"q": "q", "a": "x", "ok": "fine"}]), map=str(mapping))

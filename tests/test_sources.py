@@ -102,6 +102,14 @@ def test_bad_json_in_the_middle_names_line_and_column(tmp_path, line):
     assert "(column " in message
 
 
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_commas_between_lines_of_json_are_explained(tmp_path, end):
+    text = ",\n".join(json.dumps(row) for row in ROWS) + "," + end
+    assert "there is a comma after the object" in refusal(save(tmp_path / "f.jsonl", text), "f.jsonl:1")
+    last = jsonl(ROWS) + json.dumps(ROWS[0]) + "," + end
+    assert "remove the comma" in refusal(save(tmp_path / "f.jsonl", last), "f.jsonl:4")
+
+
 @pytest.mark.parametrize("line", ["3", "null", "[1]", '"text"', "true", "NaN"])
 def test_jsonl_items_must_be_objects(tmp_path, line):
     assert f"got {line}" in refusal(save(tmp_path / "f.jsonl", f"{jsonl(ROWS)}{line}\n"), "f.jsonl:4")
@@ -278,7 +286,11 @@ def test_csv_of_excel_is_read_with_its_own_separator(tmp_path, header):
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
-        ("prompt|label\na|1\n", 1, 'the single column "prompt|label". Separate columns by commas'),
+        (
+            "prompt|label\na|1\n",
+            1,
+            'the single column "prompt|label", with "|" between words. Separate columns by commas',
+        ),
         ("prompt\na\n", 1, "commas"),
         ("prompt;label\na,1\n", 2, "1 cells under a header of 2"),
         ("a,b,a\n1,2,3\n", 1, 'two columns have the name "a"'),
