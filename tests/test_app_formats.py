@@ -1125,3 +1125,14 @@ def test_votes_of_the_chatbot_as_postgres_writes_them(tmp_path: Path, words: tup
     rows, _, used, _ = read(write(tmp_path / "f.csv", records))
     assert used == "AI SDK chatbot messages"
     assert [label for *_, label in rows] == [True, False]
+
+
+def test_a_thumb_that_the_details_of_open_webui_contradict_is_warned_of(tmp_path: Path) -> None:
+    asked = message("q", None, "user", "1?")
+    records = [openwebui(thumb, "a", asked, message("a", "q", "assistant", "x")) for thumb in (1, 1, 1, -1, -1, 1)]
+    for record, rating in zip(records, (10, 6, 2, 1, 9, None), strict=True):
+        record["data"]["details"] = None if rating is None else {"rating": rating}
+    rows, *_, feedback = read(write(tmp_path / "f.json", records))
+    assert [label for *_, label in rows] == [True, True, True, False, False, True]
+    (note,) = [note for note in feedback.notes() if "data.details.rating" in note]
+    assert note.startswith("2 records have a thumb that 'data.details.rating' contradicts")
