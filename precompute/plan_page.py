@@ -25,7 +25,7 @@ _INDENT = 12
 _MATTERS = re.compile(
     r"split|system|score|rating|reward|feedback|thumb|vote|^weight$|image|img|audio|video|subset|partition|contexts?(?![a-z.])|documents|"
     r"passages|knowledge|functions|tool_?calls?|function_?calls?|^files$|quality|history|instruction|(?<![a-z])(?:fold|tools|grade|stars)(?![a-z])|"
-    r"^(?:messages|conversations|set|is_test|inputs?|reasoning)$",
+    r"^(?:messages|conversations|set|is_test|inputs?|reasoning(?:_content)?|thinking|thoughts?|(?:corrected|edited|improved)_\w+|corrections?)$",
     re.IGNORECASE,
 )
 # Columns that identify feedback or say when it was given.

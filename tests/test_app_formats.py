@@ -1084,3 +1084,55 @@ def test_a_record_of_another_format_is_not_called_unrated(tmp_path: Path, name: 
     assert rows == case.rows
     assert left_out == {**case.left_out, "another format": 1}
     assert '"prompt"' in feedback.found.left_out.rows[-1][2]
+
+
+@pytest.mark.parametrize("before", ["", "summary.weave."])
+@pytest.mark.parametrize(
+    ("column", "verdicts"),
+    [
+        ("[wandb.reaction.1].payload.emoji", ["\U0001f44d", "\U0001f44e"]),
+        ("[wandb.reaction.1].payload.alias", [":+1:", ":-1:"]),
+        ("[wandb.reaction.1].payload.alias", [":thumbs_up:", ":thumbs_down:"]),
+        ("[wandb.annotation.thumbs].payload.value", ["True", "False"]),
+    ],
+)
+def test_each_column_of_weave_with_a_verdict_is_read(
+    tmp_path: Path, before: str, column: str, verdicts: list[str]
+) -> None:
+    name = f"{before}feedback.{column}"
+    records = [{"id": str(i), "inputs.question": f"{i}?", "output": "x", name: one} for i, one in enumerate(verdicts)]
+    rows, _, used, _ = read(write(tmp_path / "f.csv", records))
+    assert used == "Weave calls (CSV)"
+    assert [label for *_, label in rows] == [True, False]
+
+
+@pytest.mark.parametrize("words", [("t", "f"), ("true", "false"), ("1", "0"), (True, False)])
+def test_votes_of_the_chatbot_as_postgres_writes_them(tmp_path: Path, words: tuple[object, object]) -> None:
+    up, down = words
+    said = {"chatId": "c", "attachments": []}
+    turns = [("user", "1?", None), ("assistant", "one", up), ("user", "2?", None), ("assistant", "two", down)]
+    records = [
+        {
+            "id": str(n),
+            **said,
+            "role": role,
+            "parts": [{"type": "text", "text": text}],
+            "createdAt": n,
+            "isUpvoted": vote,
+        }
+        for n, (role, text, vote) in enumerate(turns)
+    ]
+    rows, _, used, _ = read(write(tmp_path / "f.csv", records))
+    assert used == "AI SDK chatbot messages"
+    assert [label for *_, label in rows] == [True, False]
+
+
+def test_a_thumb_that_the_details_of_open_webui_contradict_is_warned_of(tmp_path: Path) -> None:
+    asked = message("q", None, "user", "1?")
+    records = [openwebui(thumb, "a", asked, message("a", "q", "assistant", "x")) for thumb in (1, 1, 1, -1, -1, 1)]
+    for record, rating in zip(records, (10, 6, 2, 1, 9, None), strict=True):
+        record["data"]["details"] = None if rating is None else {"rating": rating}
+    rows, *_, feedback = read(write(tmp_path / "f.json", records))
+    assert [label for *_, label in rows] == [True, True, True, False, False, True]
+    (note,) = [note for note in feedback.notes() if "data.details.rating" in note]
+    assert note.startswith("2 records have a thumb that 'data.details.rating' contradicts")

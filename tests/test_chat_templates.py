@@ -305,8 +305,9 @@ DEVELOPER = {"role": "developer", "content": "Be kind."}
         "{% set known = ['system', 'user', 'assistant'] %}"
         + CHAT_TEMPLATE.replace("{% for message in messages %}", SKIPS),
         "{% for m in messages if m['role'] == 'developer' %}{{ raise_exception('role?') }}{% endfor %}" + CHAT_TEMPLATE,
+        CHAT_TEMPLATE,
     ],
-    ids=["left out", "refused"],
+    ids=["left out", "refused", "any role is written"],
 )
 def test_a_developer_becomes_the_system_where_the_template_knows_none(unknown: str) -> None:
     assert texts(unknown, messages=[DEVELOPER, ASK, ANSWER]) == texts(
@@ -314,7 +315,11 @@ def test_a_developer_becomes_the_system_where_the_template_knows_none(unknown: s
     )
     with pytest.raises(TokenizationError, match=r"^f\.jsonl:7: .* no role 'developer'.* Join the two"):
         texts(unknown, messages=[{"role": "system", "content": "Be brief."}, DEVELOPER, ASK, ANSWER])
-    assert "<|im_start|>developer\nBe kind." in texts(CHAT_TEMPLATE, messages=[DEVELOPER, ASK, ANSWER])[0]
+
+
+def test_a_template_that_names_the_developer_writes_it() -> None:
+    named = "{# roles: system, developer, user, assistant #}" + CHAT_TEMPLATE
+    assert "<|im_start|>developer\nBe kind." in texts(named, messages=[DEVELOPER, ASK, ANSWER])[0]
 
 
 def test_earlier_thoughts_may_be_left_out() -> None:

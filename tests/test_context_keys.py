@@ -125,6 +125,8 @@ def test_what_is_read_or_empty_is_not_named(tmp_path: Path, record: dict[str, An
         *(
             "sys_prompt",
             "developer_prompt",
+            "prefill",
+            "initial_reason_steps",
             "systemMessage",
             "passage",
             "document",

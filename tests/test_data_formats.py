@@ -968,6 +968,13 @@ def test_a_label_that_is_unknown_is_named_by_its_column(tmp_path):
         ("exception", ["Traceback", None], 1),
         ("error_message", ["timeout", "none"], 1),
         ("level", ["ERROR", "DEFAULT"], 1),
+        ("status", ["draft", "submitted"], 1),
+        ("state", ["ERROR", "OK"], 1),
+        ("response_status", [500, 200], 1),
+        ("response_status", [204, 200], 0),
+        ("truncated", [True, False], 1),
+        ("discarded", [True, None], 1),
+        ("is_spam", [True, False], 1),
     ],
 )
 def test_records_of_answers_that_failed_are_counted(tmp_path, container, column, values, failed):
@@ -1427,6 +1434,25 @@ def test_a_folder_of_files_with_different_keys(tmp_path):
         ({"prompt": "system\nYou are Qwen.\nuser\n1?\nassistant\n"}, "turn marks of a chat template"),
         ({"prompt": "system: Be.\nuser: 1?\nassistant: one\nuser: 2?"}, "turn marks of a chat template"),
         ({"prompt": [user("<start_of_turn>user\n1?<end_of_turn>\n")]}, "turn marks of a chat template"),
+        ({"prompt": "USER: 1? ASSISTANT:"}, "turn marks of a chat template"),
+        ({"prompt": "A chat. USER: 1? ASSISTANT: one</s>USER: 2? ASSISTANT:"}, "turn marks of a chat template"),
+        (
+            {
+                "prompt": "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>1?<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+            },
+            "turn marks of a chat template",
+        ),
+        ({"prompt": "<|start|>user<|message|>1?<|end|><|start|>assistant"}, "turn marks of a chat template"),
+        (
+            {"completion": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4"},
+            "marks of further turns or channels: 1 (first: f.jsonl:2)",
+        ),
+        ({"completion": "4\n\nHuman: 5?\n\nAssistant: 5"}, "marks of further turns or channels: 1 (first: f.jsonl:2)"),
+        ({"completion": "4<|im_start|>user\n5?"}, "marks of further turns or channels: 1 (first: f.jsonl:2)"),
+        (
+            {"prompt": [user("a"), {"role": "assistant", "content": "Sorry", "status": "error"}, user("b")]},
+            "a message that failed in the prompt ('status'): 1 (first: f.jsonl:2)",
+        ),
         (
             {"prompt": "What is the capital of Peru?", "completion": "What is the capital of Peru?\nLima"},
             "begins with the whole prompt: 1 (first: f.jsonl:2)",
@@ -1441,6 +1467,26 @@ def test_rows_that_are_probably_misread_are_named(tmp_path, record, part):
         feedback.keep(row)
     (note,) = feedback.notes()
     assert part in note
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What do USER and ASSISTANT: mean?"},
+        {"prompt": "ASSISTANT: is written before USER: in it"},
+        {"completion": "Assistant: yes\n\nHuman: no"},
+        {"completion": "if a <|b|> c, ### Response: [/INST]"},
+        {"prompt": [user("a"), {"role": "assistant", "content": "x", "status": "finished"}, user("b")]},
+    ],
+)
+def test_rows_that_only_resemble_these_are_not_named(tmp_path, record):
+    good = {"prompt": "p", "completion": "c", "label": True}
+    feedback = Feedback(
+        PrecomputeConfig(model="m", data=str(as_jsonl(tmp_path, [{**good, **record}]))), has_template=True
+    )
+    for row in feedback.rows():
+        feedback.keep(row)
+    assert feedback.notes() == []
 
 
 def test_two_messages_of_one_id_are_named(tmp_path):
@@ -2498,3 +2544,34 @@ def test_a_pair_and_its_winner_are_proposed(tmp_path, container, first, second, 
 def test_a_winner_whose_numbers_are_not_clear_is_not_proposed(tmp_path):
     record = {"question": "q", "answer_a": "a", "answer_b": "b", "winner": 1}
     assert "pair: {" not in refusal(as_jsonl(tmp_path, [record]))
+
+
+@pytest.mark.parametrize("container", [as_jsonl, as_csv, as_parquet], ids=name_of)
+def test_an_option_may_name_a_key_with_a_dot(tmp_path, container):
+    records = [{"In.q": f"{good}?", "In.a": "x", "Answer.rating": good} for good in (True, False)]
+    options = {"prompt_field": "In.q", "completion_field": "In.a", "label_field": "Answer.rating"}
+    rows, _, feedback = read(container(tmp_path, records), **options)
+    assert [(prompt, label) for (prompt, _), label, _ in rows] == [("True?", True), ("False?", False)]
+    assert feedback.unused_columns() == []
+
+
+def test_a_key_with_a_dot_comes_before_a_path(tmp_path):
+    nested = {"prompt": "q", "Answer": {"text": "nested"}, "label": True}
+    options = {"completion_field": "Answer.text"}
+    assert read(as_jsonl(tmp_path, [nested]), **options)[0] == [up("q", "nested")]
+    assert read(as_jsonl(tmp_path, [{**nested, "Answer.text": "own"}]), **options)[0] == [up("q", "own")]
+
+
+@pytest.mark.parametrize("words", [("yes", "no"), ("on", "off")])
+def test_words_that_yaml_reads_as_booleans_must_be_quoted(tmp_path, words):
+    good, bad = words
+    path = as_jsonl(tmp_path, [{"q": "q", "a": good, "ok": good}, {"q": "q", "a": bad, "ok": bad}])
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(f"prompt: q\ncompletion: a\nlabel: {{path: ok, up: [{good}], down: [{bad}]}}\n")
+    message = refusal(path, map=str(mapping))
+    assert f'Put the words of up and down in quotes: "{good}", "{bad}".' in message
+    assert "--up" not in message
+    mapping.write_text(f'prompt: q\ncompletion: a\nlabel: {{path: ok, up: ["{good}"], down: ["{bad}"]}}\n')
+    assert read(path, map=str(mapping))[0] == [up("q", good), down("q", bad)]
+    mapping.write_text("prompt: q\ncompletion: a\nlabel: {path: ok, up: [true], down: [false]}\n")
+    assert "in quotes" not in refusal(as_jsonl(tmp_path, [{"q": "q", "a": "x", "ok": "fine"}]), map=str(mapping))

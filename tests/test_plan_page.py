@@ -206,6 +206,7 @@ def warned(config: PrecomputeConfig) -> list[str]:
 CONTEXT = (
     *("sys_prompt", "developer_prompt", "Retrieved Chunks", "passage", "document", "reference", "earlier_turns"),
     *("thread", "prior", "input", "inputs", "attachment", "reasoning", "pre_prompt"),
+    *("thinking", "thought", "prefill", "initial_reason_steps", "corrected_completion", "correction"),
 )
 
 

@@ -102,6 +102,14 @@ def test_bad_json_in_the_middle_names_line_and_column(tmp_path, line):
     assert "(column " in message
 
 
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_commas_between_lines_of_json_are_explained(tmp_path, end):
+    text = ",\n".join(json.dumps(row) for row in ROWS) + "," + end
+    assert "there is a comma after the object" in refusal(save(tmp_path / "f.jsonl", text), "f.jsonl:1")
+    last = jsonl(ROWS) + json.dumps(ROWS[0]) + "," + end
+    assert "remove the comma" in refusal(save(tmp_path / "f.jsonl", last), "f.jsonl:4")
+
+
 @pytest.mark.parametrize("line", ["3", "null", "[1]", '"text"', "true", "NaN"])
 def test_jsonl_items_must_be_objects(tmp_path, line):
     assert f"got {line}" in refusal(save(tmp_path / "f.jsonl", f"{jsonl(ROWS)}{line}\n"), "f.jsonl:4")
@@ -278,7 +286,11 @@ def test_csv_of_excel_is_read_with_its_own_separator(tmp_path, header):
 @pytest.mark.parametrize(
     ("text", "line", "part"),
     [
-        ("prompt|label\na|1\n", 1, 'the single column "prompt|label". Separate columns by commas'),
+        (
+            "prompt|label\na|1\n",
+            1,
+            'the single column "prompt|label", with "|" between words. Separate columns by commas',
+        ),
         ("prompt\na\n", 1, "commas"),
         ("prompt;label\na,1\n", 2, "1 cells under a header of 2"),
         ("a,b,a\n1,2,3\n", 1, 'two columns have the name "a"'),
@@ -566,6 +578,41 @@ def test_files_of_a_folder_that_are_not_read_are_named(folder, names, unread):
     said = " ".join(one for one in warnings_about(str(folder)) if "not read" in one)
     assert bool(said) == bool(unread)
     assert all(f'"{name}"' in said for name in unread)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("begin", ["train", "data/train", "part"])
+def test_a_part_of_a_whole_that_is_missing_is_named(folder, suffix, begin):
+    (folder / "data").mkdir()
+    names = [f"{begin}-{number:05}-of-00003.{suffix}" for number in range(3)]
+    for name in names:
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(ROWS), folder / name)
+        else:
+            text = (jsonl(ROWS) if suffix.startswith("jsonl") else as_csv(ROWS)).encode()
+            save(folder / name, gzip.compress(text) if suffix.endswith("gz") else text)
+    assert len(read(folder)) == 3 * len(ROWS)
+    (folder / names[1]).unlink()
+    with pytest.raises(FeedbackError, match=r"2 of 3 parts are there; missing: ") as caught:
+        read(folder)
+    assert f'["{os.path.basename(names[1])}"]' in str(caught.value)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_parts_may_be_numbered_from_1(folder):
+    for number in (1, 2):
+        save(folder / f"part-0000{number}-of-00002.jsonl", jsonl(ROWS))
+    assert len(read(folder)) == 2 * len(ROWS)
+
+
+@pytest.mark.usefixtures("datasets_cache")
+@pytest.mark.parametrize("name", ["a.jsonl.bak", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.old", "a.jsonl.swp", "~a.jsonl"])
+def test_backups_in_a_folder_are_not_read(folder, name):
+    save(folder / "a.jsonl", jsonl(ROWS))
+    save(folder / name, "{")
+    assert [row for _, row in read(folder)] == ROWS
+    assert warnings_about(str(folder)) == [f'{folder}: backups and temporary copies are not read: "{name}".']
 
 
 @pytest.mark.usefixtures("datasets_cache")

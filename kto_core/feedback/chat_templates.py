@@ -301,7 +301,12 @@ class ChatRenderer:
         )
 
     def _writes_developer(self, row: FeedbackRow) -> bool:
-        """Return whether the template renders messages of the role `developer`."""
+        """Return whether the template names the role `developer` and renders its messages.
+
+        A template that writes any role would write this one too, but its model has never seen it.
+        """
+        if self._knows_developer is None and "developer" not in self._source:
+            self._knows_developer = False
         if self._knows_developer is None:
             said = [{"role": "developer", "content": "ktodeveloper"}, {"role": "user", "content": "ktoquestion"}]
             try:

@@ -14,6 +14,7 @@ from offline_kto.kto_core.feedback.judging import SEVERAL, Reading, judge, names
 from offline_kto.kto_core.feedback.labels import UnknownLabelError, has_no_value
 from offline_kto.kto_core.feedback.left_out import UNRATED, LeftOut
 from offline_kto.kto_core.feedback.message_keys import ROLES
+from offline_kto.kto_core.feedback.message_order import check_oldest_first
 from offline_kto.kto_core.feedback.message_trees import check_is_list
 from offline_kto.kto_core.feedback.messages import Message, as_conversation
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -57,6 +58,7 @@ def judged_messages(present: Mapping[str, object], where: str, fields: FeedbackF
         return None
     field, verdicts = found
     check_is_list(turns, where, name, own_label=field)
+    check_oldest_first(turns, where, name)
     return _rows(present, name, turns, field, verdicts, where, fields)
 
 

@@ -48,6 +48,7 @@ from offline_kto.kto_core.feedback.foreign_parts import (
 from offline_kto.kto_core.feedback.labels import holds
 from offline_kto.kto_core.feedback.left_out import MEDIA, LeftOut
 from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS, REASONING, ROLE_KEYS, ROLES, SPELLINGS, TEXT_KEYS
+from offline_kto.kto_core.feedback.message_order import check_oldest_first
 from offline_kto.kto_core.feedback.message_text import begins_with_roles, misread_messages
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.kto_core.feedback.text_parts import are_text_parts
@@ -71,7 +72,8 @@ def as_turns(value: object, where: str, field: str) -> Turns:
     """Return text unchanged, and messages in any form as a tuple of messages.
 
     Raises:
-        FeedbackError: neither text nor messages, an empty list, no role, no content, a Python repr of messages.
+        FeedbackError: neither text nor messages, an empty list, no role, no content, a Python repr of messages, messages that are
+            stored newest first.
         LeftOut: images, sound or other media.
     """
     if isinstance(value, str):
@@ -88,6 +90,7 @@ def as_turns(value: object, where: str, field: str) -> Turns:
         raise FeedbackError(f"{where}: '{field}' must be text or a list of messages, got {quoted(value)}.")
     if len(messages) == 0:
         raise FeedbackError(f"{where}: '{field}' is an empty list. Give it a message, or remove the row.")
+    check_oldest_first(messages, where, field)
     single = isinstance(value, Mapping) and len(messages) == 1
     turns = tuple(
         one

@@ -246,6 +246,8 @@ class Path:
         text: the expression.
         source: where it is written, for errors: "maps/mine.yaml: prompt" or "--prompt-field".
 
+        takes_keys: whether it may be the name of a key with dots in it, which is taken where a record has it: Input.response.
+
     Attributes:
         problem: why an option is read as the name of a key; None if it is an expression.
 
@@ -253,7 +255,7 @@ class Path:
         ConfigError: not an expression.
     """
 
-    def __init__(self, text: str, source: str) -> None:
+    def __init__(self, text: str, source: str, *, takes_keys: bool = False) -> None:
         self.text, self.source = text, source
         self.problem: str | None = None
         try:
@@ -266,6 +268,7 @@ class Path:
             raise ConfigError(f"{source}: {quoted(text)}: {unknown}")
         self._parsed = _opening(parsed)
         self._key = text if text.isidentifier() else None
+        self._own_key = text if takes_keys and "." in text else None
 
     def find(self, record: Mapping[str, object], where: str) -> Any:
         """Return the value in a record; None where there is none.
@@ -275,6 +278,8 @@ class Path:
         """
         if self._key is not None:  # most paths are the name of a key
             return record.get(self._key)
+        if self._own_key is not None and self._own_key in record:
+            return record[self._own_key]
         try:
             return _INTERPRETER.visit(self._parsed, record)
         except ValueError as error:  # JMESPath's own errors, and those of the functions above
@@ -316,7 +321,8 @@ class Path:
 
     def routes(self, record: Mapping[str, object]) -> set[Route]:
         """Return the routes that the expression reads in a record."""
-        return {(self._key,)} if self._key is not None else routes(self._parsed, record)
+        key = self._key if self._own_key is None or self._own_key not in record else self._own_key
+        return {(key,)} if key is not None else routes(self._parsed, record)
 
     def read_key(self, record: Mapping[str, object]) -> str | None:
         """Return the key of which an expression with alternatives takes the value; None if it is not clear."""
@@ -338,9 +344,9 @@ class Path:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(text: str, source: str) -> Path:
+def compiled(text: str, source: str, *, takes_keys: bool = False) -> Path:
     """Return a path, compiled once."""
-    return Path(text, source)
+    return Path(text, source, takes_keys=takes_keys)
 
 
 def key_path(name: str) -> str:
@@ -431,9 +437,9 @@ _NAME = re.compile(r"[^\W\d][\w-]*")
 
 
 def option_path(text: str, option: str) -> Path:
-    """Return the path of an option such as --prompt-field: JMESPath, or a key whose name is not a valid expression."""
+    """Return the path of an option such as --prompt-field: the key of exactly that name, else JMESPath."""
     try:
-        return compiled(text, option)
+        return compiled(text, option, takes_keys=True)
     except ConfigError as error:
         path = Path(key_path(text), option)
         path.problem = str(error).removeprefix(f"{option}: ").rstrip(".")

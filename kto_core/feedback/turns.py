@@ -11,6 +11,7 @@ from offline_kto.kto_core.feedback.labels import holds, number_in
 from offline_kto.kto_core.feedback.left_out import MISSING_TURNS, NOT_ASSISTANT, NOT_CHOSEN, TIE, UNRATED, LeftOut
 from offline_kto.kto_core.feedback.mapping import JudgedTurns, Mapping, Native, Record
 from offline_kto.kto_core.feedback.message_keys import MEDIA_KEYS, REASONING, ROLES, TEXT_KEYS
+from offline_kto.kto_core.feedback.message_order import check_oldest_first
 from offline_kto.kto_core.feedback.messages import Message, as_turns
 from offline_kto.kto_core.feedback.paths import Path
 from offline_kto.kto_core.feedback.quoting import quoted
@@ -143,6 +144,7 @@ class _Conversation:
             self.turns, self.copies = [one[0] for one in found], found
             self._before = list(self._parents())
             if all(one is None for one in self._before) and self._alternate():
+                check_oldest_first(self.turns, self._where, self._field)
                 self._before = _in_order(self.turns)  # written before the program had trees
 
     def _copies(self, turns: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -173,6 +175,7 @@ class _Conversation:
     def _parents(self) -> Iterator[int | None]:
         spec = self._spec
         if spec.parent is None or spec.id is None:
+            check_oldest_first(self.turns, self._where, self._field)
             yield from _in_order(self.turns)
             return
         ids = [_key(spec.id.find(one, self._where)) for one in self.turns]

@@ -25,7 +25,7 @@ _CONTEXT = re.compile(
     r"|(?:\w+_)?passages?|paragraphs?|snippets|sources|citations|references?|(?:\w+_)?chunks|retriev(?:ed|er)(?:_\w+)?|search_results"
     r"|used_tools|intermediate_steps|tool_(?:results?|outputs?)"
     r"|(?:\w+_)?knowledge(?:_\w+)?|grounding(?:_\w+)?|evidence|(?:\w+_)?history|(?:earlier|previous|prior|past)(?:_\w+)?|thread"
-    r"|transcript|pre_?prompt|prompt_prefix|prefix|few_shot\w*|images?|image_\w+|audios?|audio_\w+|videos?|video_\w+|(?:\w+_)?attachments?|files|media"
+    r"|transcript|pre_?prompt|prompt_prefix|prefix|pre_?fill(?:ed)?|(?!(?:num|n|max|min|total|count|training|eval)_)\w+_steps|few_shot\w*|images?|image_\w+|audios?|audio_\w+|videos?|video_\w+|(?:\w+_)?attachments?|files|media"
 )
 # Keys of a message beside its text that change the meaning of a row.
 _OF_MESSAGE = re.compile(r"file|document|error|deleted|hidden|edited\w*|weight", re.IGNORECASE)

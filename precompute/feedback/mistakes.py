@@ -31,6 +31,8 @@ from offline_kto.precompute.records.text_files import Record
 _SHOWN = 20
 # Records in which the label is looked for.
 _LOOKED_AT = 10_000
+# Words that YAML reads as true or false.
+_YAML_BOOLEANS = frozenset(("yes", "no", "on", "off"))
 
 
 def mistakes_in_rows(mistakes: Sequence[KTOError], config: PrecomputeConfig, data_format: DataFormat) -> KTOError:
@@ -279,6 +281,13 @@ def _graded_turned_round(config: PrecomputeConfig) -> FeedbackError | None:
     )
 
 
+def _read_as_booleans(rule: LabelRule, scale: Scale) -> str:
+    """Return the words among the labels, in quotes, that YAML reads as true or false where a mapping has no quotes; empty without one."""
+    if not any(isinstance(one, bool) for one in (*rule.up, *rule.down)):
+        return ""
+    return ", ".join(shown for shown in scale.counts if shown.strip('"').lower() in _YAML_BOOLEANS)
+
+
 def _unknown_labels(
     unknown: Sequence[UnknownLabelError], config: PrecomputeConfig, data_format: DataFormat
 ) -> KTOError:
@@ -304,6 +313,11 @@ def _unknown_labels(
     if first.rule.scale and (strays := scale.strays(*first.rule.scale)):
         return FeedbackError(
             f"{first} Correct {strays}: the other ratings are on the scale. It has {scale.in_words()}."
+        )
+    if data_format.mapping is not None and (words := _read_as_booleans(first.rule, scale)):
+        return FeedbackError(
+            f"{first} {data_format.mapping.name}: YAML reads yes, no, on and off without quotes as true and false. Put the words of "
+            f"up and down in quotes: {words}."
         )
     proposal = "" if is_undesirable(first.field) else scale.proposal()
     usual = first.field in ("label", "kto_tag") and not any(mark in proposal for mark in "<>")  # else of `rating`

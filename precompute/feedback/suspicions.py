@@ -9,10 +9,10 @@ from typing import Final
 
 from offline_kto.kto_core.errors import shown
 from offline_kto.kto_core.feedback.conversations import says_something
-from offline_kto.kto_core.feedback.labels import has_no_value, usual_label
+from offline_kto.kto_core.feedback.labels import has_no_value, number_in, usual_label
 from offline_kto.kto_core.feedback.message_keys import ROLES
 from offline_kto.kto_core.feedback.message_text import resembles_messages
-from offline_kto.kto_core.feedback.messages import Turns
+from offline_kto.kto_core.feedback.messages import Message, Turns
 from offline_kto.kto_core.feedback.pair_verdicts import doubtful
 from offline_kto.kto_core.feedback.records import FeedbackRow
 from offline_kto.kto_core.feedback.stored_values import opened
@@ -25,9 +25,17 @@ _BEGIN_MEDIA = ("data:", "@@@langfuseMedia:")  # found faster than the pattern
 # Marks with which chat templates begin and end turns. Those of the tokenizer's own template are recognised before.
 _TEMPLATE = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system|end_of_turn)\|>|\[/INST\]"
-    r"|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):"
+    r"|<\|START_OF_TURN_TOKEN\|>|<\|(?:channel|message|start)\|>|<｜(?:User|Assistant)｜>|### (?:Response|Assistant):"
 )
 _BEGIN_MARKS = ("<|", "<start_of_turn>", "[/INST]", "<｜", "### ")  # found faster than the pattern
+# Vicuna's turns, which may be on one line.
+_VICUNA = ("USER: ", "ASSISTANT:")
+# Marks in an answer: of special tokens, and of Anthropic's turns that a model wrote on its own.
+_IN_ANSWER = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system)\|>"
+    r"|<\|START_OF_TURN_TOKEN\|>|<\|(?:channel|message)\|>|<｜(?:User|Assistant)｜>"
+)
+_NEXT_TURNS = ("\n\nHuman:", "\n\nAssistant:")
 # Turns whose roles are words: with a colon, or as they remain without the special tokens around them.
 _ANSWER = re.compile(r"\n(?:ASSISTANT|Assistant|assistant|AI|Bot|bot|Model|model)(?::|\s*\Z)")
 _ROLES_IN_WORDS = re.compile(
@@ -46,15 +54,18 @@ CONVERSATIONS = (
     *("dialogue_id", "dialogueId", "dialog_id", "dialogId", *_SESSIONS),
 )
 _CONVERSATIONS = frozenset(CONVERSATIONS)
-# Columns that say that an answer failed, was cut or was deleted, or its vote withdrawn, with the words for it; empty for any value but
-# false.
-FAILURES: Final = {
-    "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled")),
+# Columns that say that an answer failed, was cut or was deleted, or its vote withdrawn, with the words or the numbers for it; empty for any
+# value but false.
+FAILURES: Final[Mapping[str, Collection[str] | range]] = {
+    "status": frozenset(("failed", "error", "incomplete", "cancelled", "canceled", "draft", "discarded")),
+    "state": frozenset(("failed", "error")),
     "finish_reason": frozenset(("length", "content_filter", "error")),
     "stop_reason": frozenset(("length", "max_tokens", "content_filter", "error")),
     "level": frozenset(("error",)),
     **dict.fromkeys(("error", "error_message", "exception", "traceback"), frozenset[str]()),
     **dict.fromkeys(("deleted", "is_deleted", "deleted_at", "deletedAt"), frozenset[str]()),
+    **dict.fromkeys(("response_status", "responseStatus", "status_code", "statusCode", "http_status"), range(400, 600)),
+    **dict.fromkeys(("truncated", "is_truncated", "discarded", "is_discarded", "spam", "is_spam"), frozenset[str]()),
     **dict.fromkeys(("withdrawn", "is_withdrawn", "retracted", "revoked"), frozenset[str]()),
 }
 # Columns with what a model returned, and the keys in it that lead to why it stopped.
@@ -62,7 +73,7 @@ _RETURNED = frozenset(("output", "outputs", "response", "result", "completion", 
 _INSIDE = (*sorted(_RETURNED), "message", "body", "generation_info", "response_metadata", "kwargs")
 _STOPPED: Final = dict.fromkeys(
     ("finish_reason", "stop_reason", "finishReason", "stopReason"),
-    FAILURES["finish_reason"] | FAILURES["stop_reason"] | {"safety"},
+    frozenset(("length", "max_tokens", "content_filter", "error", "safety")),
 )
 _DEEPEST = 6
 
@@ -75,8 +86,10 @@ class Suspicions:
         media: rows whose texts refer to media that the record does not have, or contain them in base64.
         messages: rows with a text that resembles messages.
         marks: rows of messages with the turn marks of a chat template that is not the tokenizer's.
+        written: rows of messages whose answer contains marks of turns or channels, or the next turns.
         repeated: rows whose answer begins with its prompt, which is long.
         begun: rows whose answer begins with its prompt, however short.
+        broken: rows with a message in the prompt whose status is that of a failure.
         silent: rows with an earlier answer that is empty.
         rows: number of rows.
         roles: rows by their unknown roles, of which a template writes whatever they are.
@@ -90,9 +103,11 @@ class Suspicions:
     media: Places = field(default_factory=Places)
     messages: Places = field(default_factory=Places)
     marks: Places = field(default_factory=Places)
+    written: Places = field(default_factory=Places)
     repeated: Places = field(default_factory=Places)
     begun: Places = field(default_factory=Places)
     silent: Places = field(default_factory=Places)
+    broken: Places = field(default_factory=Places)
     roles: dict[str, Places] = field(default_factory=dict)
     rows: int = 0
     failed: dict[str, Places] = field(default_factory=dict)
@@ -128,6 +143,8 @@ class Suspicions:
             self.messages.add(row.where)
         if not isinstance(row.prompt, str) and any(map(_has_turn_marks, asked)):
             self.marks.add(row.where)
+        if not isinstance(row.prompt, str) and any(map(_goes_on, answered)):
+            self.written.add(row.where)
         question = asked[-1].strip() if asked else ""
         if len(question) >= _SHORT_PROMPT and answered and answered[0].lstrip().startswith(question):
             self.begun.add(row.where)
@@ -137,6 +154,8 @@ class Suspicions:
             self.has_earlier_turns = True
             if any(message["role"] == "assistant" and not says_something(message) for message in row.prompt):
                 self.silent.add(row.where)
+        if not isinstance(row.prompt, str) and any(map(_has_failed, row.prompt)):
+            self.broken.add(row.where)
         sides = [side for side in (row.prompt, row.completion) if not isinstance(side, str)]
         for role in dict.fromkeys(message["role"] for side in sides for message in side):
             if role not in _KNOWN_ROLES and self._counts_role(role):
@@ -150,9 +169,11 @@ class Suspicions:
         self.media.merge(later.media)
         self.messages.merge(later.messages)
         self.marks.merge(later.marks)
+        self.written.merge(later.written)
         self.repeated.merge(later.repeated)
         self.begun.merge(later.begun)
         self.silent.merge(later.silent)
+        self.broken.merge(later.broken)
         self.rows += later.rows
         for role, places in later.roles.items():
             if self._counts_role(role):
@@ -207,6 +228,11 @@ class Suspicions:
                 f"rows whose prompt contains the turn marks of a chat template that is not the tokenizer's: {self.marks}. "
                 "They are scored as words of a message; write the turns as messages, or keep text with --chat never."
             )
+        if self.written:
+            found.append(
+                f"rows whose answer contains the marks of further turns or channels: {self.written}. They are scored as words of the "
+                "answer; remove them, or the row."
+            )
         repeated = self.begun if self.begun.count >= _MOST * self.rows else self.repeated
         if repeated and repeated.count >= _MANY * self.rows:
             found.append(
@@ -217,6 +243,11 @@ class Suspicions:
             found.append(
                 f"rows with an earlier answer that is empty: {self.silent}. It is part of the prompt, as a turn without "
                 "text; remove it, or the row, if an answer was lost."
+            )
+        if self.broken:
+            found.append(
+                f"rows with a message that failed in the prompt ('status'): {self.broken}. Its text is part of the prompt, as it "
+                "is; remove the row if the model did not see it."
             )
         if self.roles:
             roles = ", ".join(f"{shown(role)} in {places}" for role, places in self.roles.items())
@@ -249,7 +280,9 @@ def _stopped(value: object, name: str, depth: int = _DEEPEST) -> Iterator[str]:
                 yield from _stopped(inner, f"{name}.{key}", depth - 1)
 
 
-def _failed(value: object, words: Collection[str]) -> bool:
+def _failed(value: object, words: Collection[str] | range) -> bool:
+    if isinstance(words, range):
+        return number_in(value) in words
     if words:
         return isinstance(value, str) and value.strip().lower() in words
     return not has_no_value(value) and usual_label(value) is not False
@@ -262,9 +295,28 @@ def _has_media(text: str) -> bool:
     return any(begin in text for begin in _BEGIN_MEDIA) and _MEDIA.search(text) is not None
 
 
+def _has_failed(message: Message) -> bool:
+    return len(message) > 2 and "status" in message and _failed(message["status"], FAILURES["status"])
+
+
+def _goes_on(text: str) -> bool:
+    """Return whether an answer contains the marks of a turn or of a channel, or the next turns of a conversation."""
+    if any(mark in text for mark in _BEGIN_MARKS) and _IN_ANSWER.search(text):
+        return True
+    return _in_turn(text, _NEXT_TURNS)
+
+
+def _in_turn(text: str, marks: tuple[str, str]) -> bool:
+    """Return whether both marks are in a text, the second after the first."""
+    at = text.find(marks[0])
+    return at >= 0 and text.find(marks[1], at) >= 0
+
+
 def _has_turn_marks(text: str) -> bool:
     """Return whether a text contains turns of a conversation, as a chat template writes them."""
     if any(mark in text for mark in _BEGIN_MARKS) and _TEMPLATE.search(text):
+        return True
+    if _in_turn(text, _VICUNA):
         return True
     return _ANSWER.search(text) is not None and _ROLES_IN_WORDS.search(text) is not None
 

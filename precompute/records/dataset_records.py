@@ -34,6 +34,10 @@ _SPLIT_NAME = re.compile(
     r"(?:\.(?:parquet|jsonl|ndjson|json|csv|tsv))?(?:\.gz)?",
     re.IGNORECASE,
 )
+# Parts of a whole by their numbers, as the hub, datasets and Spark write them.
+_PART = re.compile(r"(.*)-(\d{3,})-of-(\d{3,})(\D.*|\Z)", re.DOTALL)
+# Copies that editors and programs leave beside a file.
+_BACKUP = re.compile(r"(?:~|\.(?:bak|backup|tmp|temp|old|orig|save|swp|swo))+\Z", re.IGNORECASE)
 _HUB_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 # Splits with preferences, among those for fine-tuning and generation.
 _PREFERENCES = re.compile("pref|kto|dpo|pair|feedback")
@@ -154,13 +158,16 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     would return the old rows. It takes train_prefs-00000-of-00001.parquet and train_sft-00000-of-00001.parquet for one
     split; these are two, as their names say.
 
+    Backups and temporary copies are not among them.
+
     Raises:
-        FeedbackError: no such split, several splits that fit, several formats (of which datasets
-            would silently read one), or a reference cache.
+        FeedbackError: no such split, a part of it is missing (train-00002-of-00003.parquet), several splits that fit, several
+            formats (of which datasets would silently read one), or a reference cache.
     """
     found = _splits(path)
     finer = _named_splits(path, found)
     if split in finer:
+        _check_parts(finer[split])
         return finer[split]
     if split not in found:
         raise _no_split_of_folder(path, split, {**found, **finer})
@@ -168,7 +175,28 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     merged = _sharing(finer, files)
     if len(merged) > 1:
         raise no_split(_shown_name(path), split, merged)
+    _check_parts(files)
     return files
+
+
+def _check_parts(files: Iterable[Path]) -> None:
+    """Refuse files that are numbered as parts of a whole if another part is not there."""
+    wholes: dict[tuple[Path, str, str, str], list[str]] = {}
+    for file in files:
+        part = _PART.fullmatch(file.name)
+        if part is not None:
+            begin, number, total, end = part.groups()
+            wholes.setdefault((file.parent, begin, total, end), []).append(number)
+    for (folder, begin, total, end), there in wholes.items():
+        numbers = set(map(int, there))
+        first = 1 if int(total) in numbers else 0
+        gone = [number for number in range(first, first + int(total)) if number not in numbers]
+        if gone:
+            names = [f"{begin}-{number:0{len(there[0])}}-of-{total}{end}" for number in gone[:5]]
+            raise FeedbackError(
+                f"{_shown_name(folder)}: {len(numbers):,} of {int(total):,} parts are there; missing: {quoted(names, 300)}. Copy or "
+                "download the rest, or rename the files if these are all."
+            )
 
 
 def split_in_full(path: Path, split: str) -> str:
@@ -224,6 +252,15 @@ def unread_files(path: Path) -> list[str]:
     )
 
 
+def backup_files(path: Path) -> list[str]:
+    """Return the backups and temporary copies of data files in a folder, which are not read."""
+    return sorted(
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if _is_backup(file.name) and _suffix(Path(_BACKUP.sub("", file.name))) in _KINDS and not _is_hidden(file, path)
+    )
+
+
 def _splits(path: Path) -> dict[str, list[Path]]:
     _check_kinds(path, _shown_name(path))
     import datasets
@@ -236,7 +273,8 @@ def _splits(path: Path) -> dict[str, list[Path]]:
                 _shown_name(path), str(path), "Pass the folder or the file of one of them."
             ) from None
         raise FeedbackError(f"{_shown_name(path)}: not readable as a dataset ({said_by(error)}).") from error
-    return {str(split): [Path(file) for file in files] for split, files in found.items()}
+    named = {str(split): [Path(file) for file in files] for split, files in found.items()}
+    return {split: [file for file in files if not _is_backup(file.name)] for split, files in named.items()}
 
 
 def _shown_name(path: Path) -> str:
@@ -259,8 +297,16 @@ def _check_kinds(path: Path, name: str) -> None:
 
 
 def _is_data(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
-    return _suffix(file) in _KINDS and not hidden and file.name not in _DATASET_NOTES and file.is_file()
+    is_other = _is_hidden(file, folder) or _is_backup(file.name) or file.name in _DATASET_NOTES
+    return _suffix(file) in _KINDS and not is_other and file.is_file()
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
+
+
+def _is_backup(name: str) -> bool:
+    return name.startswith("~") or _BACKUP.search(name) is not None
 
 
 def _suffix(file: Path) -> str:

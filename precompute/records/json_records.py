@@ -64,6 +64,11 @@ def _record_of(line: str, where: str) -> Record:
     try:
         value = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and line[error.pos :].strip() == ",":
+            raise FeedbackError(
+                f"{where}: there is a comma after the object. In JSON Lines only the ends of lines separate objects: remove "
+                "the comma, or write all objects as one array, [...]."
+            ) from None
         cut = not line.endswith("\n") and _is_cut(error, line, _skip(line, 0), "}")
         raise _bad_json(error, where, getattr(error, "colno", 1), cut=cut) from None
     return _object(value, where)

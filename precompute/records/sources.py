@@ -32,6 +32,7 @@ from offline_kto.kto_core.errors import FeedbackError, printable
 from offline_kto.kto_core.feedback.quoting import quoted
 from offline_kto.precompute.records.class_names import ClassNames
 from offline_kto.precompute.records.dataset_records import (
+    backup_files,
     data_files,
     dataset_name,
     is_saved,
@@ -206,7 +207,7 @@ def describe_source(data: str, split: str = "train") -> list[SourceFile]:
 
 
 def warnings_about(data: str, split: str = "train") -> list[str]:
-    """Return warnings about files and splits of a folder that are not read. Raises: FeedbackError: as read_records does."""
+    """Return warnings about files, backups and splits of a folder that are not read. Raises: FeedbackError: as read_records does."""
     path, kind = _look(data)
     if kind != "folder":
         return []
@@ -217,8 +218,13 @@ def warnings_about(data: str, split: str = "train") -> list[str]:
         if others
         else []
     )
-    unread = [] if is_saved(path) else unread_files(path)
-    return [*found, *([_unread(data, unread)] if unread else [])]
+    if is_saved(path):
+        return found
+    if unread := unread_files(path):
+        found.append(_unread(data, unread))
+    if backups := backup_files(path):
+        found.append(f"{data}: backups and temporary copies are not read: {quoted(backups[:5], 200)[1:-1]}.")
+    return found
 
 
 def _unread(data: str, unread: list[str]) -> str:

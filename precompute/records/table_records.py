@@ -144,13 +144,18 @@ def _bad_csv(error: csv.Error, where: str) -> FeedbackError:
     return FeedbackError(f"{where}: not readable as a table ({said_by(error)}). Repair the row's quotes.")
 
 
+# What separates columns in tables that are no CSV.
+_OTHER_MARKS = ("|", "^", "~")
+
+
 def _csv_header(cells: list[str], where: str, delimiter: str) -> list[str]:
     columns = [cell.strip() for cell in cells]
     named = [column for column in columns if column != ""]  # pandas writes its index without a column name
     if len(named) < 2 and columns[0].lower() not in CONVERSATIONS:  # whose messages may have labels of their own
         expected = "tabs" if delimiter == "\t" else "commas"
+        mark = next((f', with "{one}" between words' for one in _OTHER_MARKS if one in columns[0]), "")
         raise FeedbackError(
-            f"{where}: the header is the single column {quoted(columns[0])}. Separate columns by {expected}."
+            f"{where}: the header is the single column {quoted(columns[0])}{mark}. Separate columns by {expected}."
         )
     _refuse_twins(named, where)
     return columns
