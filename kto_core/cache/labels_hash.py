@@ -1,6 +1,6 @@
 """Compute the hash of the fields that no score depends on: order, labels, pairs, source rows and masses."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,22 +14,24 @@ _COLUMNS = ("row_id", "label", "pair_id", "source")
 _GROUPS_AT_ONCE = 16
 
 
-def labels_hash_of(paths: Iterable[Path], columns: Sequence[str]) -> str:
-    """Return `data.labels_hash` of the rows in some shards, in their order.
+class LabelsHash:
+    """Computes `data.labels_hash` of the rows in some shards, in the order in which they are added.
 
     Args:
-        paths: the shards of a cache.
         columns: those of masses, as the manifest lists them.
-
-    Raises:
-        CacheError: damaged content.
     """
-    hasher = ListHash()
-    for path in paths:
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns, self._hasher = columns, ListHash()
+
+    def add(self, path: Path) -> None:
+        """Add the rows of a shard whose sizes were checked. Raises: CacheError: damaged content."""
         file = open_shard(path)
-        for table in read_groups(path, file, columns=[*_COLUMNS, *columns], at_once=_GROUPS_AT_ONCE):
-            hasher.add(_entries(table, columns))
-    return hasher.hexdigest()
+        for table in read_groups(path, file, columns=[*_COLUMNS, *self._columns], at_once=_GROUPS_AT_ONCE):
+            self._hasher.add(_entries(table, self._columns))
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest()
 
 
 def _entries(table: pa.Table, columns: Sequence[str]) -> list[list[object]]:

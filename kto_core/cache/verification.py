@@ -5,7 +5,7 @@ the manifest. Shards are checked in parallel threads, in little memory.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from offline_kto.kto_core.cache.arrow_lists import numbers
-from offline_kto.kto_core.cache.labels_hash import labels_hash_of
+from offline_kto.kto_core.cache.labels_hash import LabelsHash
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
 from offline_kto.kto_core.cache.row_rules import check_table
 from offline_kto.kto_core.cache.row_schema import has_places, optional_columns
@@ -96,19 +96,21 @@ def verify_cache(
                 on_rows(len(found.labels))
             return found
 
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            # Hashed beside the shards: it takes the interpreter, they take Arrow's threads.
-            hashes = reads_rows and first == 0 and manifest.data.get("labels_hash") is not None
-            hashed = beside.submit(labels_hash_of, paths, manifest.columns) if hashes else None
-            found = _in_threads(check, range(len(paths)))
+        hashes = reads_rows and first == 0 and manifest.data.get("labels_hash") is not None
+        hasher = LabelsHash(manifest.columns) if hashes else None
+        found = []
+        for path, checked in zip(paths, _in_threads(check, range(len(paths))), strict=True):
+            found.append(checked)
+            if hasher is not None:  # here, while the threads check the next shards
+                hasher.add(path)
     labels = np.concatenate([one.labels for one in found])
     desirable = manifest.data["desirable"]
     if int(labels.sum()) != desirable:
         raise CacheError(
             f"{folder / MANIFEST}: has {desirable} desirable rows, the shards have {labels.sum()}. {AGAIN}"
         )
-    if hashed is not None:
-        _check_labels(folder, manifest, hashed.result())
+    if hasher is not None:
+        _check_labels(folder, manifest, hasher.hexdigest())
     if not manifest.intact:
         raise CacheError(f"{folder / MANIFEST}: was edited or damaged since kto-precompute wrote it. {AGAIN}")
     if known is not None:
@@ -126,12 +128,12 @@ def _check_labels(folder: Path, manifest: Manifest, found: str) -> None:
         )
 
 
-def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> list[_Result]:
-    """Return the results in order; of several errors the first in order is raised."""
+def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> Iterator[_Result]:
+    """Yield the results in order; of several errors the first in order is raised."""
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         tasks = [pool.submit(check, number) for number in numbers]
         try:
-            return [task.result() for task in tasks]
+            yield from (task.result() for task in tasks)
         finally:
             pool.shutdown(cancel_futures=True)  # the first error cancels the rest
 
