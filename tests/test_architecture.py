@@ -195,6 +195,7 @@ def test_help_answers_before_anything_heavy_is_loaded(script: str) -> None:
     assert loaded & set(HEAVY) == set()
 
 
+@pytest.mark.slow
 def test_importing_has_no_effect() -> None:
     """No output, no environment, no random draw, no thread: modules define things, commands do them."""
     modules = [

@@ -156,6 +156,7 @@ def test_a_packed_file_is_one_message(tmp_path: Path, name: str, make: Any, word
         assert words in told(tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_large_rows_that_are_honest_are_read(tmp_path: Path) -> None:
     """Ten megabytes of text: some two million tokens."""
     rng = np.random.default_rng(0)

@@ -82,7 +82,9 @@ def case(kind, tokens, dtype=torch.float64):
 @pytest.mark.parametrize(
     ("which", "passed"),
     [
-        pytest.param("in_float64 and (plain-5 or all-5) or second_backward", "4 passed", id="few"),
+        pytest.param(
+            "in_float64 and (plain-5 or all-5) or second_backward", "4 passed", id="few", marks=pytest.mark.slow
+        ),
         pytest.param("", r"[23]\d passed", id="all", marks=pytest.mark.slow),
     ],
 )

@@ -117,6 +117,7 @@ class TestChild:
         plain = {name: value for name, value in as_plain(config).items() if name != "out"}
         return {"engine": "transformers", "options": plain, "save_to": None}
 
+    @pytest.mark.slow
     def test_scores_as_in_this_process(self, settings: dict[str, Any]) -> None:
         rows = random_rows(7)
         here = load_transformers(Reference.find(PrecomputeConfig(**settings["options"])), rows)

@@ -288,6 +288,7 @@ class TestBest:
             with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} needs held-out rows"):
                 replace(config, **{name: value})
 
+    @pytest.mark.slow
     def test_an_evaluation_that_a_kill_fell_into_is_made_up_for(self, config: TrainConfig, tmp_path: Path) -> None:
         """At the end of an epoch, where the checkpoint and the evaluation fall together."""
         config = replace(config, max_steps=None, epochs=3, eval_steps=None, save_steps=3)
@@ -302,6 +303,7 @@ class TestBest:
         kept = [sorted(path.name for path in one.glob("checkpoint-*")) for one in (whole, run)]
         assert kept[0] == kept[1]
 
+    @pytest.mark.slow
     def test_what_a_resumed_run_says_is_what_it_did(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, save_steps=2, max_steps=4, epochs=2)
         run = train(config)
@@ -316,6 +318,7 @@ class TestBest:
         assert "--beta 0.5" in record["command"]
         assert record["alarms"]["beta"] == 0.5
 
+    @pytest.mark.slow
     def test_logs_do_not_depend_on_where_a_run_was_resumed(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, max_steps=8, eval_steps=3, logging_steps=5, save_steps=100)
         whole = train(config)
@@ -378,6 +381,7 @@ class TestEvaluateOnly:
         assert path.name.startswith(f"evaluation-{found['fingerprint'][:12]}-")
         assert (run / "evaluation.json").read_bytes() == before
 
+    @pytest.mark.slow
     def test_rows_that_were_trained_on_are_never_taken_for_new_ones(
         self, config: TrainConfig, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -408,6 +412,7 @@ class TestEvaluateOnly:
         evaluate_run(replace(config, cache=flipped, evaluate_only=run))
         assert (run / "evaluation.json").read_bytes() == before
 
+    @pytest.mark.slow
     def test_adapters_stand_on_the_model_they_were_trained_on(
         self, config: TrainConfig, base: Path, tmp_path: Path
     ) -> None:
@@ -547,6 +552,7 @@ class TestEvaluateOnly:
         assert found["metrics"]["loss"]["value"] == pytest.approx(said["metrics"]["loss"]["value"], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_the_hold_out_has_a_seed_of_its_own(config: TrainConfig) -> None:
     """Runs with other seeds are compared on the same rows."""
     splits = []

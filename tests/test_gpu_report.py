@@ -128,6 +128,7 @@ def test_only_what_was_asked_for_is_measured(tmp_path: Path) -> None:
     assert one.skipped == {"0.5B ours auto": "left out by --only"}
 
 
+@pytest.mark.slow
 def test_failures_and_reasons_of_skipped_tests_are_read(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text(
         "import pytest\n"

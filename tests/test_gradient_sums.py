@@ -52,6 +52,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_every_gradient_is_summed_once() -> None:
     done = forks.run(SUM, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]

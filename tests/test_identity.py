@@ -70,6 +70,7 @@ values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=
 
 
 @given(st.lists(st.lists(st.one_of(values, st.lists(values), st.dictionaries(st.text(), values)))))
+@pytest.mark.slow
 def test_the_hash_of_a_list_that_is_never_whole(parts):
     found = ListHash()
     for part in parts:

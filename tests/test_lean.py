@@ -97,6 +97,7 @@ def test_weights_on_the_host_train_as_float32_weights_do(
     assert losses[1] == pytest.approx(losses[0], abs=2e-3)
 
 
+@pytest.mark.slow
 def test_small_steps_add_up_as_in_float32_and_are_lost_in_plain_bfloat16(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_training_equals_the_formula(loss: str, cache: Path, base: Path, tmp_pat
         torch.testing.assert_close(found[name], value, atol=3e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_how_memory_or_ranks_cut_a_batch_changes_nothing(voted: Path, tmp_path: Path) -> None:
     config = config_for(voted, tmp_path / "one", batch_size=8, max_steps=STEPS)
     one = train(config)
@@ -491,6 +492,7 @@ class TestParetoFront:
         return rewritten(cache, tmp_path / "refs", both)
 
     @pytest.mark.usefixtures("warm_workers")
+    @pytest.mark.slow
     def test_a_sweep_plans_with_the_rows_of_its_trials(
         self, partly: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
@@ -530,6 +532,7 @@ class TestParetoFront:
         assert not (tmp_path / "sweep").exists()
 
     @pytest.mark.usefixtures("warm_workers")
+    @pytest.mark.slow
     def test_results_mark_the_front(self, cache: Path, tmp_path: Path) -> None:
         def both(number: int, row: Row) -> list[Row]:
             helpful = (float(row["label"]), float(not row["label"]))

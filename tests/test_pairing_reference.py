@@ -61,6 +61,7 @@ def test_shuffled(rows: list[PairableRow], partners: int, seed: int) -> None:
 @settings(max_examples=400)
 @given(groups(), st.integers(1, 4), st.integers(1, 70))
 @example([], 1, 4)
+@pytest.mark.slow
 def test_rotate(rows: list[PairableRow], partners: int, block: int) -> None:
     assert_same("pair_rotate", rows, partners, block=block)
 

@@ -522,7 +522,7 @@ def test_processes_give_the_plan_of_one(tmp_path: Path, base: Path, parts_of: Ca
     assert not list((tmp_path / "temporary").glob("kto-*"))
 
 
-@pytest.mark.parametrize("workers", [1, 2], ids=["here", "workers"])
+@pytest.mark.parametrize("workers", [pytest.param(1, id="here"), pytest.param(2, id="workers", marks=pytest.mark.slow)])
 def test_the_cache_is_that_of_one_process(
     tmp_path: Path, base: Path, parts_of: Callable[[int], None], workers: int
 ) -> None:

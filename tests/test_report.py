@@ -292,6 +292,7 @@ def test_nothing_from_a_file_becomes_markup(tmp_path):
     assert json.loads(elements.scripts["sources"])[1]["name"] == run.name
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_records_and_a_million_rows_stay_small(tmp_path):
     folder = write_run(tmp_path / "long", steps=2)
     line = {"step": 0, "loss": 0.5, "rewards/chosen": 0.1, "rewards/rejected": -0.1, "kl": 0.0, "accuracy": 0.5}

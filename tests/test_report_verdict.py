@@ -400,6 +400,7 @@ def test_text_of_feedback_is_shown_and_does_nothing(text, run):
     assert "".join(elements.text).count(expected.split("\\u2028")[0][:12]) >= 12
 
 
+@pytest.mark.slow
 def test_texts_are_cut_and_a_page_without_samples_stays_small(run):
     write_suspects(run, [{"kind": "duplicate", "prompt": "p" * 100_000, "completion": "c" * 100_000}] * 500)
     assert write_report([run]).stat().st_size < 1.5e6

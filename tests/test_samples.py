@@ -220,6 +220,7 @@ class TestOfARun:
         assert not (runs[0] / SAMPLES).exists()
         assert sorted(set(steps_of(runs[1]))) in ([0, 2], [0, 2, 4])
 
+    @pytest.mark.slow
     def test_at_evaluations_the_last_step_is_the_kept_model(self, config: TrainConfig, tmp_path: Path) -> None:
         """The run gets worse, so its first evaluation is the best one."""
         config = replace(config, eval_steps=1, learning_rate=0.1, samples_at="evaluations", save_steps=100)
@@ -273,6 +274,7 @@ class TestOfARun:
         with pytest.raises(ConfigError, match=message):
             TrainConfig(cache=cache, **options)
 
+    @pytest.mark.slow
     def test_a_resumed_run_has_the_samples_of_an_uninterrupted_one(self, config: TrainConfig, tmp_path: Path) -> None:
         config = replace(config, save_steps=1, eval_steps=1, samples_at="evaluations", keep="last")
         whole = train(config)

@@ -110,6 +110,7 @@ def test_rows_are_read_as_they_were_written(
     assert found.judgements.mass_columns() == mass_columns(expected)
 
 
+@pytest.mark.slow
 def test_only_what_is_small_stays_in_memory() -> None:
     rng = np.random.default_rng(0)
     one_bit = Judgement.of_label(True)

@@ -142,6 +142,7 @@ class TestWhatItFinds:
         assert (folder / "best/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_no_reference_and_one_load(config: SweepConfig) -> None:
     """In the worker's process: what it imported, and how often it read a model."""
     program = (
@@ -319,6 +320,7 @@ def complete(folder: Path) -> int:
 
 
 class TestKills:
+    @pytest.mark.slow
     def test_killed_and_started_again_it_has_the_same_rows(self, config: SweepConfig, tmp_path: Path) -> None:
         """With tpe, which draws by what is known so far; of a grid, each trial's number says all."""
         space = {**config.space, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}}

@@ -267,6 +267,7 @@ class TestRuns:
         assert "not measured" in (run / "README.md").read_text()
         assert "<b>Not known whether it is better than before training.</b>" in (run / "report.html").read_text()
 
+    @pytest.mark.slow
     def test_the_cache_tells_what_a_pass_would(self, config: TrainConfig, tmp_path: Path) -> None:
         """A policy that may be another model is scored, here to the same values, and they survive a kill."""
         config = replace(config, loss="bco", save_steps=4)
@@ -332,6 +333,7 @@ class TestWarnings:
         assert self.kinds(*unsure) == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_compared_with_the_one_of_lowest_loss(config: TrainConfig, tmp_path: Path) -> None:
     """Also after a kill, which leaves only the checkpoint to compare with."""
     config = replace(config, learning_rate=0.3, eval_steps=1, save_steps=1)
