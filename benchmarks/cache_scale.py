@@ -34,6 +34,7 @@ from measured_run import run_measured
 from text_table import text_table
 from workload import SMALL, make_workload
 
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import FORMAT, fingerprint, identity_of, read_manifest, write_manifest
 from offline_kto.kto_core.cache.places import PLACE
 from offline_kto.kto_core.cache.row_schema import SCHEMA
@@ -118,6 +119,7 @@ def make_cache(folder: Path, small: Path, rows: int, *, width: int, vocabulary: 
         "duplicates": 0,
         "contradictions": 0,
         "rows_hash": rows_hash,
+        "labels_hash": labels_hash_of(paths, made.columns),
     }
     write_manifest(folder, parts, shards, fingerprint(identity_of(parts), parts["pairing"], rows_hash))
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from text_table import text_table
 from workload import SMALL, make_workload
 
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import fingerprint, identity_of, read_manifest, write_manifest
 from offline_kto.kto_core.cache.shards import shard_name
 from offline_kto.kto_core.hashing import file_hash, json_hash
@@ -123,7 +124,11 @@ def make_cache(folder: Path, small: Path, shards: int) -> None:
     parts = {name: getattr(made, name) for name in names}
     times = shards * ROWS_PER_SHARD // ROWS_PER_GROUP
     counts = {name: made.data[name] * times for name in ("read", "kept", "desirable", "undesirable")}
-    parts["data"] = {**parts["data"], **counts, "rows_hash": json_hash(shards)}
+    hashes = {
+        "rows_hash": json_hash(shards),
+        "labels_hash": labels_hash_of((folder / entry["file"] for entry in entries), made.columns),
+    }
+    parts["data"] = {**parts["data"], **counts, **hashes}
     write_manifest(folder, parts, entries, fingerprint(identity_of(parts), parts["pairing"], json_hash(shards)))
 
 

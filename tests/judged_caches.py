@@ -1,27 +1,19 @@
 """Caches whose rows are judged by masses, made from a scored cache without a forward pass."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from offline_kto.kto_core.cache.labels_hash import LabelsHash
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import read_manifest, write_manifest
 from offline_kto.kto_core.cache.manifest_fields import OptionalEntries, Sections
 from offline_kto.kto_core.cache.shards import shard_name, write_shard
 from offline_kto.kto_core.cache.table_rows import Rows
 
 Row = dict[str, Any]
-
-
-def labels_hash_of(paths: Iterable[Path], columns: Sequence[str]) -> str:
-    """Return `data.labels_hash` of the rows in some shards."""
-    hasher = LabelsHash(columns)
-    for path in paths:
-        hasher.add(path)
-    return hasher.hexdigest()
 
 
 def rows_in(cache: Path) -> list[Row]:

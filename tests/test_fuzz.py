@@ -32,12 +32,12 @@ import yaml
 from feedback_files import chat_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from judged_caches import labels_hash_of
 from models import CHAT_TEMPLATE, tiny_tokenizer
 from test_manifest import make_cache
 from test_shards import ROWS
 
 from offline_kto.kto_core.cache import verified_shards
+from offline_kto.kto_core.cache.labels_hash import labels_hash_of
 from offline_kto.kto_core.cache.manifest import MANIFEST, checksum, differences, fingerprint, identity_of, read_manifest
 from offline_kto.kto_core.cache.row_rules import check_table
 from offline_kto.kto_core.cache.shards import open_shard, read_metadata, shard_name

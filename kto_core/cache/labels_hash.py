@@ -1,6 +1,6 @@
 """Compute the hash of the fields that no score depends on: order, labels, pairs, source rows and masses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +32,14 @@ class LabelsHash:
 
     def hexdigest(self) -> str:
         return self._hasher.hexdigest()
+
+
+def labels_hash_of(paths: Iterable[Path], columns: Sequence[str]) -> str:
+    """Return `data.labels_hash` of the rows in some shards; see `LabelsHash`."""
+    hasher = LabelsHash(columns)
+    for path in paths:
+        hasher.add(path)
+    return hasher.hexdigest()
 
 
 def _entries(table: pa.Table, columns: Sequence[str]) -> list[list[object]]:
