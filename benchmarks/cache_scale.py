@@ -268,7 +268,7 @@ def main() -> int:
             title = f"{rows:,} rows of {args.tokens} tokens"
             print(text_table([title, "", ""], [[n, f"{v:,.2f}", u] for n, v, u in found]), flush=True)
     values = {name: value for name, value, _ in found}
-    missed = values[FIRST_BATCH.format("again")] > MOST_SECONDS
+    missed = values[FIRST_BATCH.format("first time")] > MOST_SECONDS
     missed |= values[BEYOND.format("first time")] > MOST_MIB
     missed |= values[READS] < LEAST_ROWS
     if args.check:

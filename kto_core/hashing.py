@@ -73,9 +73,13 @@ class ListHash:
 
     def add(self, items: Sequence[object]) -> None:
         """Add some items at the end of the list."""
+        self.add_encoded(_canonical([*items])[1:-1].encode())
+
+    def add_encoded(self, items: bytes) -> None:
+        """Add items that are JSON in canonical form, with commas between them."""
         if items:
             self._hasher.update(b"" if self._is_empty else b",")
-            self._hasher.update(_canonical([*items])[1:-1].encode())
+            self._hasher.update(items)
             self._is_empty = False
 
     def hexdigest(self) -> str:

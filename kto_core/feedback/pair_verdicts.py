@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from offline_kto.kto_core.errors import FeedbackError
 from offline_kto.kto_core.feedback.columns import FeedbackFields
@@ -103,7 +103,7 @@ def is_about_sides(name: str) -> bool:
 
 def is_verdict_on_sides(name: str) -> bool:
     """Return whether a column's name is that of a verdict on two answers, as `winner` is."""
-    return _VERDICT.fullmatch(_cached_plain(name)) is not None
+    return _VERDICT.fullmatch(_plain(name)) is not None
 
 
 def check_sides(present: Mapping[str, object], where: str, fields: FeedbackFields) -> None:
@@ -141,7 +141,7 @@ def doubtful(record: Mapping[str, object]) -> list[str]:
 def _is_doubtful(name: str, value: object) -> bool:
     if not isinstance(value, bool | int | float | str):
         return False
-    plain = _cached_plain(name)
+    plain = _plain(name)
     if _SWAPPED.fullmatch(plain) is not None:
         return usual_label(value) is True
     if _AGREED.fullmatch(plain) is not None:
@@ -154,7 +154,7 @@ def _is_doubtful(name: str, value: object) -> bool:
 
 def _said_by(name: str, value: object) -> str | None:
     """Return which side a column says to be better: "chosen", "rejected", "tie" for neither; None if it says nothing."""
-    plain = _cached_plain(name)
+    plain = _plain(name)
     if _TIE_FLAG.fullmatch(plain) is not None:
         return {True: "tie", False: "chosen", None: None}[usual_label(value)]
     if (flag := _BETTER_FLAG.fullmatch(plain)) is not None:
@@ -221,9 +221,7 @@ def _number(ratings: Mapping[str, object], key: str, name: str, where: str) -> f
     return number_in(value)
 
 
+@functools.lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     """Return a name as words in lower case: "chosenScore" and "chosen-score" as "chosen_score"."""
     return re.sub(r"[ .-]", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)).lower().strip("_")
-
-
-_cached_plain: Final = functools.lru_cache(maxsize=4096)(_plain)
