@@ -73,10 +73,10 @@ class ListHash:
 
     def add(self, items: Sequence[object]) -> None:
         """Add some items at the end of the list."""
-        self.add_encoded(_canonical([*items])[1:-1].encode())
+        self.add_encoded(encoded_items(items))
 
     def add_encoded(self, items: bytes) -> None:
-        """Add items that are JSON in canonical form, with commas between them."""
+        """Add items as `encoded_items` returns them."""
         if items:
             self._hasher.update(b"" if self._is_empty else b",")
             self._hasher.update(items)
@@ -87,6 +87,11 @@ class ListHash:
         hasher = self._hasher.copy()
         hasher.update(b"]")
         return hasher.hexdigest()
+
+
+def encoded_items(items: Sequence[object]) -> bytes:
+    """Return items as JSON in canonical form, with commas between them."""
+    return _canonical([*items])[1:-1].encode()
 
 
 def _canonical(value: object) -> str:

@@ -118,4 +118,4 @@ def test_a_renamed_optional_column_is_refused(tmp_path: Path) -> None:
 def test_a_file_without_columns_has_no_metadata_of_columns(tmp_path: Path, rows: int) -> None:
     pq.write_table(pa.table({"a": range(rows)}).select([]), tmp_path / "a.parquet")
     with pq.ParquetFile(tmp_path / "a.parquet") as file:
-        assert [column_chunks(file, number) for number in range(file.num_row_groups)] in ([], [[]])
+        assert [*column_chunks(file, (tmp_path / "a.parquet").stat().st_size)] in ([], [[]])

@@ -207,6 +207,24 @@ class TestVerification:
         with pytest.raises(CacheError, match="outside the vocabulary"):
             verification.verify_cache(refs, changed, known=known)
 
+    @pytest.mark.parametrize("unknown", [[0], [1], [0, 2]])
+    def test_labels_of_known_and_of_unknown_shards_are_hashed_in_their_order(
+        self, refs: Path, unknown: list[int], watched: Watched
+    ) -> None:
+        """Those of unknown shards are taken from the rows that are checked, the others from their files."""
+        CacheRows(refs)
+        manifest = read_manifest(refs)
+        assert manifest.data["labels_hash"]
+        watched.decoded.clear()
+        known = verified_shards.VerifiedShards(refs, manifest, share=(0, 1), trust_unchanged=False)
+        known._found = {
+            shard["sha256"]: known._found[shard["sha256"]]
+            for number, shard in enumerate(manifest.shards)
+            if number not in unknown
+        }
+        verification.verify_cache(refs, manifest, known=known)
+        assert sorted(set(watched.decoded)) == [NAMES[number] for number in unknown]
+
     def memory(self) -> Path:
         (path,) = (verified_shards.own_files() / "verified").iterdir()
         return path

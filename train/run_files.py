@@ -164,7 +164,7 @@ def read_rewards(out: Path, columns: list[str]) -> "pa.Table":
         wrong = [name for name in columns if _REWARD_KINDS[name] not in kinds.get(name, "")]
         if wrong:
             raise ValueError(f"column {wrong[0]!r} is {kinds.get(wrong[0], 'missing')}")
-        chunks = [chunk for number in range(file.num_row_groups) for chunk in column_chunks(file, number)]
+        chunks = [chunk for of_group in column_chunks(file, os.fstat(raw.fileno()).st_size) for chunk in of_group]
         size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
         if size > _LARGEST_COLUMNS:
             raise ValueError(f"its columns have {size:,} bytes")

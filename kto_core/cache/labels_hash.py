@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from offline_kto.kto_core.cache.arrow_lists import numbers
 from offline_kto.kto_core.cache.shards import open_shard, read_groups
-from offline_kto.kto_core.hashing import ListHash
+from offline_kto.kto_core.hashing import ListHash, encoded_items
 from offline_kto.kto_core.judgements import MASS_COLUMNS, OBJECTIVES
 
 _COLUMNS = ("row_id", "label", "pair_id", "source")
@@ -29,10 +29,11 @@ class LabelsHash:
         """Add the rows of a shard whose sizes were checked. Raises: CacheError: damaged content."""
         file = open_shard(path)
         for table in read_groups(path, file, columns=[*_COLUMNS, *self._columns], at_once=_GROUPS_AT_ONCE):
-            if self._columns:
-                self._hasher.add(_entries(table, self._columns))
-            else:
-                self._hasher.add_encoded(_encoded(table))
+            self.add_encoded(encoded_labels(table, self._columns))
+
+    def add_encoded(self, rows: bytes) -> None:
+        """Add rows as `encoded_labels` returns them."""
+        self._hasher.add_encoded(rows)
 
     def hexdigest(self) -> str:
         return self._hasher.hexdigest()
@@ -44,6 +45,16 @@ def labels_hash_of(paths: Iterable[Path], columns: Sequence[str]) -> str:
     for path in paths:
         hasher.add(path)
     return hasher.hexdigest()
+
+
+def encoded_labels(table: pa.Table, columns: Sequence[str]) -> bytes:
+    """Return the fields that are hashed of some rows, as JSON in canonical form without the brackets of the list.
+
+    Args:
+        table: rows of a shard.
+        columns: those of masses, as the manifest lists them.
+    """
+    return encoded_items(_entries(table, columns)) if columns else _encoded(table)
 
 
 def _encoded(table: pa.Table) -> bytes:
@@ -60,8 +71,7 @@ def _encoded(table: pa.Table) -> bytes:
 
 def _entries(table: pa.Table, columns: Sequence[str]) -> list[list[object]]:
     found = [table.column(name).to_pylist() for name in _COLUMNS]
-    if columns:
-        found.append([*zip(*(numbers(table.column(name)).tolist() for name in MASS_COLUMNS), strict=True)])
-        objectives = table.column(OBJECTIVES).to_pylist() if OBJECTIVES in columns else [{}] * table.num_rows
-        found.append([{name: [*masses.values()] for name, masses in one.items()} for one in objectives])
+    found.append([*zip(*(numbers(table.column(name)).tolist() for name in MASS_COLUMNS), strict=True)])
+    objectives = table.column(OBJECTIVES).to_pylist() if OBJECTIVES in columns else [{}] * table.num_rows
+    found.append([{name: [*masses.values()] for name, masses in one.items()} for one in objectives])
     return [[*entry] for entry in zip(*found, strict=True)]

@@ -105,31 +105,41 @@ def open_shard(path: Path, *, mapped: bool = False, verified: bool = False) -> p
     return file
 
 
-def check_packing(path: Path, file: pq.ParquetFile) -> None:
+def check_packing(path: Path, file: pq.ParquetFile) -> list[int]:
     """Refuse a shard that decompresses to far more than its size, which could exhaust memory.
+
+    Returns:
+        About the size in memory of each row group, bytes.
 
     Raises:
         CacheError: naming the file.
     """
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     lists = [i for i, leaf in enumerate(leaves) if "." in leaf]
-    for number in range(file.num_row_groups):
-        try:
-            chunks = column_chunks(file, number)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
-        group = file.metadata.row_group(number)
-        suspects = [chunks[i] for i in lists if 4 * chunks[i].num_values > _SMALL]
-        if group.num_rows * group.total_byte_size > 64 * _SMALL:  # the worst case: one text, repeated in each row
-            suspects = chunks
-        for chunk in suspects:
-            text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
-            size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
-            if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
-                raise CacheError(
-                    f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is not a shard that "
-                    "kto-precompute wrote; it is not read."
-                )
+    sizes = []
+    try:
+        for number, chunks in enumerate(column_chunks(file, path.stat().st_size)):
+            group = file.metadata.row_group(number)
+            values = [chunks[i].num_values for i in lists]
+            suspects = [chunks[i] for i, count in zip(lists, values, strict=True) if 4 * count > _SMALL]
+            if group.num_rows * group.total_byte_size > 64 * _SMALL:  # the worst case: one text, repeated in each row
+                suspects = chunks
+            for chunk in suspects:
+                _check_packing_of(chunk, path)
+            sizes.append(max(group.total_byte_size, 4 * sum(values)))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, error) from error
+    return sizes
+
+
+def _check_packing_of(chunk: pq.ColumnChunkMetaData, path: Path) -> None:
+    text = chunk.num_values * chunk.total_uncompressed_size if chunk.physical_type == "BYTE_ARRAY" else 0
+    size = max(4 * chunk.num_values, chunk.total_uncompressed_size, text)
+    if size > _SMALL + _MOST_PACKED * chunk.total_compressed_size and not _is_short(chunk):
+        raise CacheError(
+            f"{path}: {chunk.path_in_schema} unpacks to {size:,} bytes in one row group. This is not a shard that "
+            "kto-precompute wrote; it is not read."
+        )
 
 
 def _is_short(chunk: pq.ColumnChunkMetaData) -> bool:

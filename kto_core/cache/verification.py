@@ -5,6 +5,7 @@ the manifest. Shards are checked in parallel threads, in little memory.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from offline_kto.kto_core.cache.arrow_lists import numbers
-from offline_kto.kto_core.cache.labels_hash import LabelsHash
+from offline_kto.kto_core.cache.labels_hash import LabelsHash, encoded_labels
 from offline_kto.kto_core.cache.manifest import AGAIN, MANIFEST, Manifest, check_places, differences, readable
 from offline_kto.kto_core.cache.row_rules import check_table
 from offline_kto.kto_core.cache.row_schema import has_places, optional_columns
@@ -23,8 +24,8 @@ from offline_kto.kto_core.cache.verified_shards import CheckedShard, FileState, 
 from offline_kto.kto_core.errors import CacheError
 from offline_kto.kto_core.hashing import file_hash
 
-# Row groups decoded at a time: enough that the time depends on the number of rows, not of reads.
-_GROUPS_AT_ONCE = 16
+# Size in memory of the row groups decoded at a time, bytes: enough that the time depends on rows, not on reads.
+_BYTES_AT_ONCE = 2**20
 
 _Result = TypeVar("_Result")
 
@@ -76,32 +77,36 @@ def verify_cache(
             for path, shard in zip(paths, manifest.shards, strict=True)
         ]
         keys = _check_footers(manifest, paths, unchanged)
-        reads_rows = any(known is None or known.content(shard) is None for shard in manifest.shards[first::every])
+        shares = manifest.shards[first::every]
+        reads_rows = known is None or any(known.content(shard) is None for shard in shares)
+        hashes = reads_rows and first == 0 and manifest.data.get("labels_hash") is not None
+        hasher = LabelsHash(manifest.columns) if hashes else None
 
-        def check(number: int) -> CheckedShard:
-            found = unchanged[number]
-            if found is None:
-                whole = number % every == first
+        def check(number: int) -> tuple[CheckedShard, bytes | None]:
+            known_rows = unchanged[number]
+            if known_rows is not None:
+                checked: tuple[CheckedShard, bytes | None] = known_rows, None
+            else:
                 with readable(paths[number]):
-                    found = _check_shard(
+                    checked = _check_shard(
                         paths[number],
                         manifest,
                         number,
-                        whole=whole,
+                        whole=number % every == first,
                         key=keys[number],
                         known=known,
                         before=states[number],
                     )
             if on_rows is not None:
-                on_rows(len(found.labels))
-            return found
+                on_rows(len(checked[0].labels))
+            return checked
 
-        hashes = reads_rows and first == 0 and manifest.data.get("labels_hash") is not None
-        hasher = LabelsHash(manifest.columns) if hashes else None
         found = []
-        for path, checked in zip(paths, _in_threads(check, range(len(paths))), strict=True):
-            found.append(checked)
-            if hasher is not None:  # here, while the threads check the next shards
+        for path, (rows, encoded) in zip(paths, _in_threads(check, range(len(paths))), strict=True):
+            found.append(rows)
+            if hasher is not None and encoded is not None:
+                hasher.add_encoded(encoded)
+            elif hasher is not None:  # known from before, or checked by another process
                 hasher.add(path)
     labels = np.concatenate([one.labels for one in found])
     desirable = manifest.data["desirable"]
@@ -131,9 +136,10 @@ def _check_labels(folder: Path, manifest: Manifest, found: str) -> None:
 def _in_threads(check: Callable[[int], _Result], numbers: Sequence[int]) -> Iterator[_Result]:
     """Yield the results in order; of several errors the first in order is raised."""
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        tasks = [pool.submit(check, number) for number in numbers]
+        tasks = deque(pool.submit(check, number) for number in numbers)
         try:
-            yield from (task.result() for task in tasks)
+            while tasks:
+                yield tasks.popleft().result()  # nothing else keeps the results
         finally:
             pool.shutdown(cancel_futures=True)  # the first error cancels the rest
 
@@ -172,34 +178,53 @@ def _check_shard(
     key: str | None,
     known: VerifiedShards | None,
     before: FileState,
-) -> CheckedShard:
+) -> tuple[CheckedShard, bytes | None]:
+    """Check a shard, and return its `encoded_labels`, too, if all its rows were read."""
     shard = manifest.shards[number]
     if whole and file_hash(path) != shard["sha256"]:
         raise CacheError(f"{path}: its content changed since it was written (sha256 differs). {AGAIN}")
-    found = known.content(shard) if known is not None and whole else None
+    found, encoded = known.content(shard) if known is not None and whole else None, None
     if found is None:
-        found = _check_content(path, manifest, number, whole=whole, key=key)
+        found, encoded = _check_content(path, manifest, number, whole=whole, key=key)
     if known is not None and whole:
         known.add(path, shard, found, before=before)
-    return found
+    return found, encoded
 
 
-def _check_content(path: Path, manifest: Manifest, number: int, *, whole: bool, key: str | None) -> CheckedShard:
+def _check_content(
+    path: Path, manifest: Manifest, number: int, *, whole: bool, key: str | None
+) -> tuple[CheckedShard, bytes | None]:
     shard = manifest.shards[number]
     file = open_shard(path)
     if file.metadata.num_rows != shard["rows"]:
         raise CacheError(f"{path}: {file.metadata.num_rows} rows, the manifest says {shard['rows']}. {AGAIN}")
-    found = optional_columns(file.schema_arrow, path)
-    if found != (manifest.columns, manifest.objectives):
+    optional = optional_columns(file.schema_arrow, path)
+    if optional != (manifest.columns, manifest.objectives):
         raise CacheError(f"{path}: its masses or objectives are not those that the manifest lists. {AGAIN}")
     if has_places(file.schema_arrow, path) != manifest.has_places:
         raise CacheError(f"{path}: has places and the manifest lists none, or the other way round. {AGAIN}")
-    check_packing(path, file)
-    labels, largest = [np.empty(0, dtype=bool)], 0
-    for table in read_groups(path, file, columns=None if whole else ["label"], at_once=_GROUPS_AT_ONCE):
+    sizes = check_packing(path, file)
+    labels, encoded, largest = [np.empty(0, dtype=bool)], [], 0
+    for groups in _together(sizes):
+        columns = None if whole else ["label"]
+        (table,) = read_groups(path, file, columns=columns, groups=groups, at_once=len(groups))
         if whole:
             rules = {"vocabulary": manifest.vocabulary, "partners": manifest.partners}
             largest = max(largest, check_table(table, str(path), **rules))
+            encoded.append(encoded_labels(table, manifest.columns))
         labels.append(numbers(table.column("label")))
-    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    return CheckedShard(key, np.concatenate(labels), groups, largest)
+    rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    checked = CheckedShard(key, np.concatenate(labels), rows, largest)
+    return checked, b",".join(filter(None, encoded)) if whole else None
+
+
+def _together(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield row groups that are decoded together, by their sizes in memory."""
+    start, size = 0, 0
+    for number, more in enumerate(sizes):
+        if number > start and size + more > _BYTES_AT_ONCE:
+            yield range(start, number)
+            start, size = number, 0
+        size += more
+    if sizes:
+        yield range(start, len(sizes))

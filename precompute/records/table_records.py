@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -223,8 +224,8 @@ def _batches(handle: IO[bytes], columns: list[str], name: str) -> Iterator["pa.R
         leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL"
     ]
     wanted = [i for i, leaf in enumerate(leaves) if leaf.path.split(".")[0] in columns]
-    for number in range(file.num_row_groups):
-        for chunk in column_chunks(file, number, wanted):
+    for chunks in column_chunks(file, handle.seek(0, os.SEEK_END), wanted):
+        for chunk in chunks:
             if _is_bomb(chunk):
                 raise FeedbackError(
                     f"{name}: column '{chunk.path_in_schema}' unpacks to {chunk.num_values:,} values and "

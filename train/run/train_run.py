@@ -53,8 +53,9 @@ def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
         for location in (config.cache, config.eval_cache)
         if location is not None and not is_url(location)
     ]
-    if in_own_process and not _may_need_peft(config, manifests):
-        leave_out("peft")
+    if in_own_process:
+        for package in _needless(config, manifests):
+            leave_out(package)
     if config.dry_run:
         out = name_folder(config.out, RUNS)
         if out.is_dir():
@@ -74,10 +75,12 @@ def _begun_downloads(config: TrainConfig) -> contextlib.AbstractContextManager[N
     return begun_downloads(config.cache, config.eval_cache)
 
 
-def _may_need_peft(config: TrainConfig, manifests: list[Manifest]) -> bool:
-    if config.lora_rank or config.trust_remote_code or is_url(config.cache):
-        return True
-    return any(manifest.reference.get("adapter") for manifest in manifests)
+def _needless(config: TrainConfig, manifests: list[Manifest]) -> list[str]:
+    """Return the packages that transformers would import, and that this run never needs."""
+    if config.trust_remote_code:
+        return []
+    may_need_peft = config.lora_rank or is_url(config.cache) or any(one.reference.get("adapter") for one in manifests)
+    return ["datasets", *([] if may_need_peft else ["peft"])]
 
 
 @contextlib.contextmanager

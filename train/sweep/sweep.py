@@ -157,9 +157,11 @@ def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
 
 
 def _needless(manifest: Manifest, trials: Trials) -> tuple[str, ...]:
-    """Return the optional packages that no trial needs."""
-    needs_peft = "lora_rank" in trials.space or any(trials.base.get(one) for one in ("lora_rank", "trust_remote_code"))
-    return () if needs_peft or manifest.reference.get("adapter") else ("peft",)
+    """Return the packages that transformers would import, and that no trial needs."""
+    if trials.base.get("trust_remote_code"):
+        return ()
+    needs_peft = "lora_rank" in trials.space or trials.base.get("lora_rank") or manifest.reference.get("adapter")
+    return ("datasets",) if needs_peft else ("datasets", "peft")
 
 
 def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
