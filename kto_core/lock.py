@@ -20,23 +20,30 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, error: type[KTOError], *, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock while the block runs.
+def only_writer(
+    folder: Path,
+    error: type[KTOError],
+    *,
+    wait: bool = False,
+    name: str = LOCK,
+    busy: str = "is writing here. Wait for it, or choose another --out.",
+) -> Iterator[None]:
+    """Hold a lock of the folder while the block runs.
 
     Args:
         folder: exists.
         error: raised if another process holds the lock, with that process's host and id, or if the folder cannot be
             written.
         wait: wait until the other process is done, instead of raising.
+        name: of the lock file.
+        busy: said of the other process in the error.
     """
-    path = folder / LOCK
+    path = folder / name
     try:
         file = _held(path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = _holder(path)
-        raise error(
-            f"{folder}: {printable(holder) or 'another process'} is writing here. Wait for it, or choose another --out."
-        ) from None
+        raise error(f"{folder}: {printable(holder) or 'another process'} {busy}") from None
     except OSError as problem:
         raise error(f"{folder}: cannot be written: {problem}.") from problem
     with file:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from offline_kto.kto_core.cache.manifest import MANIFEST, read_manifest
+from offline_kto.kto_core.cache.manifest_fields import ReferenceFields
 from offline_kto.kto_core.cache.shards import read_metadata
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import CacheError, ConfigError, shown
 from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.hashing import file_hash
+from offline_kto.kto_core.lock import only_writer
 from offline_kto.kto_core.progress import Progress
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.out_folder import NEXT, done_in, shards_in
@@ -50,6 +52,15 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     waiting = 0
     answers: list[Answer] = []
     with contextlib.ExitStack() as stack:
+        if left:
+            stack.enter_context(
+                only_writer(
+                    run_path(out).parent,
+                    CacheError,
+                    name=f".part-{part}-of-{parts}",
+                    busy=f"is scoring --part {part}/{parts}. Wait for it, or end it first.",
+                )
+            )
         stack.enter_context(_saying_what_is_kept(run, out, left, answers))
         worker = stack.enter_context(ShardWorker(config, out)) if left else None
         progress = stack.enter_context(Progress("scoring", sum(shard.tokens for shard in left), "tokens"))
@@ -90,7 +101,7 @@ def _check_options(config: PrecomputeConfig, run: PlannedRun) -> None:
 
 
 def _check_complete(config: PrecomputeConfig, out: Path) -> None:
-    """Refuse options and feedback that are not those of a complete cache, as far as its manifest tells without the model."""
+    """Refuse options, feedback and a model that are not those of a complete cache, as far as its manifest tells."""
     manifest = read_manifest(out)
     pairing = manifest.pairing
     theirs = {
@@ -104,6 +115,24 @@ def _check_complete(config: PrecomputeConfig, out: Path) -> None:
         (one["name"], one["bytes"]): one["sha256"] for one in manifest.data["files"]
     }
     _refuse_other_feedback(config, planned, since=(out / MANIFEST).stat().st_mtime)
+    _refuse_other_weights(config, manifest.reference)
+
+
+def _refuse_other_weights(config: PrecomputeConfig, scored: ReferenceFields) -> None:
+    """Refuse a model or an adapter with other weights. Those of the same name and place are not read again."""
+    from offline_kto.precompute.engines.reference import ReferenceFiles, WeightsHashing  # imports torch: seconds
+
+    files = ReferenceFiles.find(config)
+    names = {"id": config.model, "revision": files.revision, "adapter": config.adapter, **files.paths}
+    if all(scored.get(name) == value for name, value in names.items()):
+        return
+    with WeightsHashing(files.folder, files.adapter) as hashing:
+        found = hashing.result()
+    if found != (scored.get("weights_hash"), scored.get("adapter_hash")):
+        raise ConfigError(
+            f"--part {config.part}: {config.out} was scored with {scored.get('id')} and adapter {scored.get('adapter')}, which has other "
+            f"weights than {config.model} and adapter {config.adapter}. Choose another --out to score under this model."
+        )
 
 
 def _refuse_others(

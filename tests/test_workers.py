@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feedback_files import chat_rows, write_rows
+from models import save_tiny
 
 import offline_kto.precompute.engines.child_process as process
 from offline_kto.kto_core.cache.manifest import read_manifest
@@ -317,11 +318,14 @@ class TestParts:
                 precompute(replace(mine, part="0/3", **{name: other}))
         with pytest.raises(ConfigError, match="is not the feedback that was planned"):
             precompute(replace(mine, part="0/3", data=str(write_rows(tmp_path / "g.jsonl", chat_rows(4)))))
+        copy = shutil.copytree(config.model, tmp_path / "copy")
+        precompute(replace(mine, part="0/3", model=str(copy)))  # the same weights elsewhere
+        other = save_tiny(tmp_path / "other", seed=7)
+        with pytest.raises(ConfigError, match=r"was scored with .*, which has other weights than .*other"):
+            precompute(replace(mine, part="0/3", model=str(other)))
         assert_same_bytes(config, mine.out)
 
     def test_a_part_of_another_model_is_refused(self, config: PrecomputeConfig, tmp_path: Path) -> None:
-        from models import save_tiny
-
         mine = replace(config, out=tmp_path / "refs")
         precompute(replace(mine, plan_only=True))
         other = save_tiny(tmp_path / "other", seed=7)
@@ -397,6 +401,26 @@ class TestParts:
         assert kept is not None
         precompute(mine)
         assert f"known {kept[1]} sequences of these shards" in " ".join(capsys.readouterr().out.split())
+
+    def test_a_part_that_is_being_scored_is_refused(
+        self, config: PrecomputeConfig, planned: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two processes of one part would both score all of it."""
+        mine = replace(planned, out=Path(shutil.copytree(planned.out, tmp_path / "refs")))
+        write = worker.write_table
+
+        def writes(*arguments: Any) -> None:
+            monkeypatch.undo()
+            with pytest.raises(CacheError, match=rf"process {os.getpid()} on .* is scoring --part 1/2\. Wait for it"):
+                precompute(replace(mine, part="1/2"))
+            precompute(replace(mine, part="0/2"))
+            write(*arguments)
+
+        monkeypatch.setattr(worker, "write_table", writes)
+        precompute(replace(mine, part="1/2"))
+        assert not list((mine.out / ".plan").glob(".*"))
+        precompute(mine)
+        assert_same_bytes(config, mine.out)
 
     def test_a_part_that_was_stopped_while_another_command_finished_leaves_nothing(
         self, planned: PrecomputeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
