@@ -35,10 +35,11 @@ pytestmark = [
 class Nodes:
     """A cluster whose nodes are added from the main thread: a raylet ends with the thread that started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **of_head: Any) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={**self.size(0), "include_dashboard": False})
+        head = {**self.size(0), "include_dashboard": False, **of_head}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.all = [self.add() for _ in range(2)]
 
     @staticmethod
