@@ -5,6 +5,9 @@ BIN = $(VENV)/bin
 
 VENV_VLLM ?= .venv-vllm
 
+# Keep bytecode, whatever the environment says: each process of the tests would compile all modules again.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-slow test-ray test-gpu rehearse-gpu test-vllm check docs format install clean
 
 demo: $(VENV)/installed
