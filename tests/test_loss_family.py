@@ -147,15 +147,19 @@ def naive_run(base: Path, config: TrainConfig) -> tuple[torch.nn.Module, list[fl
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, weight_decay=0.0)
     rows = CacheRows(config.cache)
 
+    reference_logps: dict[bytes, torch.Tensor] = {}  # its weights never change
+
     def token_logps(model: torch.nn.Module, sequence: Any) -> torch.Tensor:
         ids = torch.tensor(np.concatenate([sequence.prompt_ids, sequence.completion_ids]).astype(int))[None]
         scores = model(ids).logits[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         return scores[len(sequence.prompt_ids) - 1 :]
 
     def logratios(sequence: Any) -> torch.Tensor:
-        with torch.no_grad():
-            ref = token_logps(reference, sequence)
-        return token_logps(policy, sequence) - ref
+        key = sequence.prompt_ids.tobytes() + b"/" + sequence.completion_ids.tobytes()
+        if key not in reference_logps:
+            with torch.no_grad():
+                reference_logps[key] = token_logps(reference, sequence)
+        return token_logps(policy, sequence) - reference_logps[key]
 
     history: list[float] = []
     shown = []
