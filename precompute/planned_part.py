@@ -49,30 +49,40 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     tell(f"part        {part} of {parts} (counted from 0): {total}, {len(mine) - len(left)} done")
     if known := _in_parts(run, out, left):
         tell(f"known       {counted(known, 'sequence')} of these shards are already scored")
-    waiting = 0
-    answers: list[Answer] = []
-    with contextlib.ExitStack() as stack:
-        if left:
-            stack.enter_context(
-                only_writer(
-                    run_path(out).parent,
-                    CacheError,
-                    name=f".part-{part}-of-{parts}",
-                    busy=f"is scoring --part {part}/{parts}. Wait for it, or end it first.",
-                )
-            )
-        stack.enter_context(_saying_what_is_kept(run, out, left, answers))
-        worker = stack.enter_context(ShardWorker(config, out)) if left else None
-        progress = stack.enter_context(Progress("scoring", sum(shard.tokens for shard in left), "tokens"))
-        for shard in left:
-            assert worker is not None
-            answers.append(worker.score(Task(shard.number, str(out)), progress.add))
-            waiting += not answers[-1].is_written
+    try:
+        answers = _score(config, run, left, out)
+    except CacheError:
+        if not _is_finished(out, run):
+            raise
+        tell(f"complete    another command has finished {out} meanwhile; this part has nothing left to do")
+        return
     tokens, seconds = sum(one.tokens for one in answers), sum(one.seconds for one in answers)
     tell(f"scored      {counted(tokens, 'token')} in {seconds:,.1f} s")
-    if waiting:
+    if waiting := sum(not one.is_written for one in answers):
         tell(f"waiting     {counted(waiting, 'shard')} for scores of other parts; the last command completes them")
     tell("next        when all parts are done: the same command without --part, which writes the manifest")
+
+
+def _score(config: PrecomputeConfig, run: PlannedRun, shards: Sequence[PlannedShard], out: Path) -> list[Answer]:
+    """Score some shards. Only one process does so for a part: two would both score all of it."""
+    answers: list[Answer] = []
+    if not shards:
+        return answers
+    busy = f"is scoring --part {config.part}. Wait for it, or end it first."
+    with (
+        only_writer(run_path(out).parent, CacheError, name=f".part-{str(config.part).replace('/', '-of-')}", busy=busy),
+        _saying_what_is_kept(run, out, shards, answers),
+        ShardWorker(config, out) as worker,
+        Progress("scoring", sum(shard.tokens for shard in shards), "tokens") as progress,
+    ):
+        for shard in shards:
+            answers.append(worker.score(Task(shard.number, str(out)), progress.add))
+    return answers
+
+
+def _is_finished(out: Path, run: PlannedRun) -> bool:
+    """Return whether a command has published a cache of the planned scores."""
+    return read_run(out) is None and (out / MANIFEST).exists() and read_manifest(out).identity == run.identity
 
 
 @contextlib.contextmanager
@@ -129,9 +139,13 @@ def _refuse_other_weights(config: PrecomputeConfig, scored: ReferenceFields) -> 
     with WeightsHashing(files.folder, files.adapter) as hashing:
         found = hashing.result()
     if found != (scored.get("weights_hash"), scored.get("adapter_hash")):
+        theirs, mine = (
+            f"{model} with adapter {adapter}" if adapter else str(model)
+            for model, adapter in ((scored.get("id"), scored.get("adapter")), (config.model, config.adapter))
+        )
         raise ConfigError(
-            f"--part {config.part}: {config.out} was scored with {scored.get('id')} and adapter {scored.get('adapter')}, which has other "
-            f"weights than {config.model} and adapter {config.adapter}. Choose another --out to score under this model."
+            f"--part {config.part}: {config.out} was scored under {theirs}, which has other weights than {mine}. Choose another --out "
+            "to score under this model."
         )
 
 

@@ -1,5 +1,6 @@
 """Which layers get adapters, what is said of it, and that a saved adapter holds what was trained."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def test_adapters_train_and_load_through_peft_with_the_trained_numbers(family: s
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    for one in ("target_modules", "exclude_modules"):  # in the same order in each process
+        assert settings[one] == (sorted(settings[one]) if isinstance(settings[one], list) else settings[one])
     loaded = peft.PeftModel.from_pretrained(model_of(family), str(tmp_path))
     assert (logits(model) - logits(model_of(family))).abs().max() > 0.01
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)

@@ -940,7 +940,9 @@ class TestFolders:
         sweep(config)
         shutil.rmtree(tmp_path / "held")
         shutil.copytree(tmp_path / "two", tmp_path / "held")
-        with pytest.raises(ConfigError, match="started with another held-out cache"):
+        with pytest.raises(
+            ConfigError, match="started with another held-out cache, or its rows or labels changed since"
+        ):
             sweep(replace(config, trials=2))
 
     def test_a_password_is_shown_nowhere(self, config: SweepConfig, capsys: pytest.CaptureFixture[str]) -> None:

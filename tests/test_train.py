@@ -761,4 +761,9 @@ class TestRowsInThePlan:
             f"({dropped} dropped (prompt too long), {cut} completions and {kl_cut} mismatched completions cut "
             "(--max-length 90))"
         )
-        assert f" held out {inside}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f" held out {inside}" in printed
+        # Both caches are cut: each number stands with its own rows.
+        assert re.search(
+            r"^rows +\d+ to train on \(\d+ completions? and .* cut \(--max-length 90\)\), \d+ held", printed, re.M
+        )

@@ -10,11 +10,15 @@ def rows_in_words(data: RunData) -> str:
     held = data["held_out_desirable"] + data["held_out_undesirable"]
     limit, of_held_out = data["max_length"], data["held_out_shortened"]
     inside = shortened_in_words(of_held_out, limit)[2:] if of_held_out else ""
+    shortened = shortened_in_words(data["shortened"], limit)
+    if of_held_out and shortened:  # of another cache: each number stands with its own rows
+        shortened = f" ({shortened[2:]})"
     parts = [
         f"{data['desirable'] + data['undesirable']:,} to train on",
+        shortened if of_held_out else "",
         f", {held:,} held out" if held else "",
         f" ({inside})" if inside else "",
-        shortened_in_words(data["shortened"], limit),
+        "" if of_held_out else shortened,
         f", {data['unjudged']:,} left out (not judged by --objective)" if data.get("unjudged") else "",
         f", {data['unpaired']:,} left out (not in a pair, or both rows are equal)" if data["unpaired"] else "",
     ]

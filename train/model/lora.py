@@ -83,6 +83,9 @@ def add_adapters(model: Model, config: TrainConfig, *, base: str) -> Model:
     # peft accepts the older names of some experts (Mixtral's w1) and converts them to parameters.
     _check_names(model, [n for n in names if not settings.target_parameters or n in settings.target_modules], known)
     settings.base_model_name_or_path = base
+    for name in ("target_modules", "exclude_modules"):  # sets, which would be written in another order by each process
+        if isinstance(found := getattr(settings, name), set):
+            setattr(settings, name, sorted(found))
     _activate(adapted, [BESIDE, _TRAINED])
     return adapted
 

@@ -75,6 +75,10 @@ class TrialRecord:
     result: StoredResult
 
 
+# Parts of the identity that are hashes of rows; see `TrainingData.identity`.
+_CACHES = ("cache", "held-out cache")
+
+
 class Study:
     """The stored trials of a sweep, shared by all of its sweepers.
 
@@ -160,11 +164,18 @@ class Study:
             self._study.set_user_attr("identity", identity)
             return
         for name, value in identity.items():
-            if begun.get(name) != value:
+            if begun.get(name) == value:
+                continue
+            heading = f"{hidden_url(self._url)}: contains a sweep that was started with another {name}"
+            if name in _CACHES:
                 raise ConfigError(
-                    f"{hidden_url(self._url)}: contains a sweep that was started with another {name}: {begun.get(name)!r}, not "
-                    f"{value!r}. Give the same value, or another --out (with --storage: another database)."
+                    f"{heading}, or its rows or labels changed since. Restore it, or start another sweep with another --out (with "
+                    "--storage: another database)."
                 )
+            raise ConfigError(
+                f"{heading}: {begun.get(name)!r}, not {value!r}. Give the same value, or another --out (with --storage: another "
+                "database)."
+            )
 
     def _pruner(self) -> _Optuna:
         pruners = self._optuna.pruners
