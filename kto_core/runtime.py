@@ -81,6 +81,19 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def importing(*, in_own_process: bool) -> Iterator[None]:
+    """Pause the search for reference cycles while libraries are imported: a seventh of the time of a short run.
+
+    Args:
+        in_own_process: whether the process is ours alone. Later searches then leave out what there is by the end.
+    """
+    with no_garbage_collection():
+        yield
+        if in_own_process:
+            gc.freeze()
+
+
 def quiet_libraries() -> None:
     """Show only errors of the libraries, and none of their progress bars; call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -80,7 +80,7 @@ def precompute(ctx: click.Context, /, config: Path | None, **values: Any) -> Non
         precompute as run,  # libraries read the environment on import, so it is set up first
     )
 
-    run(resolved)
+    run(resolved, in_own_process=True)
 
 
 class _Group(click.Group):

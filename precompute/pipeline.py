@@ -20,6 +20,7 @@ from offline_kto.kto_core.feedback.quoting import counted
 from offline_kto.kto_core.judgements import OBJECTIVES
 from offline_kto.kto_core.models.loading import longest_alike
 from offline_kto.kto_core.options import AUTO
+from offline_kto.kto_core.runtime import importing
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.engines.backend import Backend, choose_backend
 from offline_kto.precompute.engines.reference import Reference, ReferenceFiles
@@ -33,8 +34,11 @@ from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
 
 
-def make_cache(config: PrecomputeConfig) -> None:
+def make_cache(config: PrecomputeConfig, *, in_own_process: bool) -> None:
     """Make a reference cache.
+
+    Args:
+        in_own_process: see `importing`.
 
     Raises:
         KTOError: the user's input cannot be used.
@@ -42,8 +46,9 @@ def make_cache(config: PrecomputeConfig) -> None:
     backend = choose_backend(config)
     files = ReferenceFiles.find(config)
     _check_cluster(files)
-    _print_reference(files, backend)  # opening it imports the libraries of models, which takes seconds
-    reference = Reference.open(files)
+    _print_reference(files, backend)
+    with importing(in_own_process=in_own_process):  # the libraries of models, which takes seconds
+        reference = Reference.open(files)
     gpus: list[list[int] | None] = [None]
     if config.cluster is None:
         gpus = worker_gpus(config, reference, backend)

@@ -5,6 +5,7 @@ import time
 from offline_kto.kto_core.console import tell
 from offline_kto.kto_core.errors import ConfigError
 from offline_kto.kto_core.launch import Launch, settle_launch
+from offline_kto.kto_core.runtime import importing
 from offline_kto.precompute.config import PrecomputeConfig
 from offline_kto.precompute.out_folder import check_free, check_out
 
@@ -12,8 +13,11 @@ from offline_kto.precompute.out_folder import check_free, check_out
 _SECONDS_TO_SPEAK = 3.0
 
 
-def precompute(config: PrecomputeConfig) -> None:
+def precompute(config: PrecomputeConfig, *, in_own_process: bool = False) -> None:
     """Run `kto-precompute`.
+
+    Args:
+        in_own_process: whether nothing but this run uses the process; see `importing`.
 
     Raises:
         KTOError: the user's input cannot be used.
@@ -27,9 +31,9 @@ def precompute(config: PrecomputeConfig) -> None:
         if not config.dry_run:
             check_free(config.out)
         tell(f"starting    {config.data} -> {config.out}")
-        from offline_kto.precompute.pipeline import make_cache  # imports torch and transformers, which takes seconds
-
-        make_cache(config)
+        with importing(in_own_process=in_own_process):  # torch and transformers, which takes seconds
+            from offline_kto.precompute.pipeline import make_cache
+        make_cache(config, in_own_process=in_own_process)
     else:
         from offline_kto.precompute.planned_part import score_part
 

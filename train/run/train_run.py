@@ -14,7 +14,7 @@ from offline_kto.kto_core.errors import ConfigError, ModelError, TrainingError
 from offline_kto.kto_core.launch import read_launch, settle_launch
 from offline_kto.kto_core.locations import is_url
 from offline_kto.kto_core.lock import only_writer
-from offline_kto.kto_core.runtime import leave_out
+from offline_kto.kto_core.runtime import importing, leave_out
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run.folder import RUNS, refuse_occupied, refuse_unnamed
@@ -60,11 +60,11 @@ def train(config: TrainConfig, *, in_own_process: bool = False) -> Path:
         out = name_folder(config.out, RUNS)
         if out.is_dir():
             refuse_occupied(config, out)
-        _plan(config, out)
+        _plan(config, out, in_own_process=in_own_process)
         return out
     out = make_folder(config.out, RUNS)
     with _folder_of(config, out), _begun_downloads(config):
-        _train(config, out)
+        _train(config, out, in_own_process=in_own_process)
     return out
 
 
@@ -100,9 +100,9 @@ def _folder_of(config: TrainConfig, out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _plan(config: TrainConfig, out: Path) -> None:
+def _plan(config: TrainConfig, out: Path, *, in_own_process: bool) -> None:
     _find_repository(config)
-    materials, data = _open_data(config, out)
+    materials, data = _open_data(config, out, in_own_process=in_own_process)
     from offline_kto.train.run.planned_run import Plan
 
     plan = Plan.make(config, out, data, materials)
@@ -111,12 +111,13 @@ def _plan(config: TrainConfig, out: Path) -> None:
         tell("dry run     nothing was trained, and nothing was written")
 
 
-def _open_data(config: TrainConfig, out: Path) -> "tuple[Materials, TrainingData]":
+def _open_data(config: TrainConfig, out: Path, *, in_own_process: bool) -> "tuple[Materials, TrainingData]":
     """Open the caches, and print what they hold."""
     if read_launch().is_first:
         tell(f"starting    {config.cache} -> {out}")  # the imports below take seconds
-    from offline_kto.train.run.inputs import Materials
-    from offline_kto.train.run.plan import print_data
+    with importing(in_own_process=in_own_process):
+        from offline_kto.train.run.inputs import Materials
+        from offline_kto.train.run.plan import print_data
 
     materials = Materials()
     data = materials.data(config)
@@ -134,12 +135,13 @@ def _find_repository(config: TrainConfig) -> "HubRepository | None":
     return HubRepository.find(config)
 
 
-def _train(config: TrainConfig, out: Path) -> None:
+def _train(config: TrainConfig, out: Path, *, in_own_process: bool) -> None:
     repository = _find_repository(config)
-    materials, data = _open_data(config, out)
-    # The Trainer takes seconds to import; what is wrong with the data has been said by now.
-    from offline_kto.train.run.training_run import TrainingRun
-    from offline_kto.train.trainer.evaluation import summary_lines, verdict_lines
+    materials, data = _open_data(config, out, in_own_process=in_own_process)
+    with importing(in_own_process=in_own_process):
+        # The Trainer takes seconds to import; what is wrong with the data has been said by now.
+        from offline_kto.train.run.training_run import TrainingRun
+        from offline_kto.train.trainer.evaluation import summary_lines, verdict_lines
 
     run = TrainingRun.set_up(config, out, data, materials)
     if repository is not None:
