@@ -34,7 +34,7 @@ from offline_kto.precompute.scoring import Scoring
 from offline_kto.precompute.store import Store
 
 
-def make_cache(config: PrecomputeConfig, *, in_own_process: bool) -> None:
+def make_cache(config: PrecomputeConfig, *, in_own_process: bool = False) -> None:
     """Make a reference cache.
 
     Args:

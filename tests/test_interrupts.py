@@ -16,7 +16,7 @@ def test_an_interrupted_command(number: int, code: int, rank: int, monkeypatch: 
     for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank)), ("LOCAL_RANK", str(rank))):
         monkeypatch.setenv(name, value)
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(offline_kto.precompute.run, "precompute", lambda config: os.kill(os.getpid(), number))
+    monkeypatch.setattr(offline_kto.precompute.run, "precompute", lambda config, **_: os.kill(os.getpid(), number))
     try:
         done = CliRunner().invoke(precompute, ["--model", "base", "--data", "f.jsonl"])
     finally:
