@@ -52,8 +52,9 @@ def score_part(config: PrecomputeConfig, part: int, parts: int) -> None:
     try:
         answers = _score(config, run, left, out)
     except CacheError:
-        if not _is_finished(out, run):
+        if read_run(out) is not None or not (out / MANIFEST).exists():
             raise
+        _check_complete(config, out)
         tell(f"complete    another command has finished {out} meanwhile; this part has nothing left to do")
         return
     tokens, seconds = sum(one.tokens for one in answers), sum(one.seconds for one in answers)
@@ -78,11 +79,6 @@ def _score(config: PrecomputeConfig, run: PlannedRun, shards: Sequence[PlannedSh
         for shard in shards:
             answers.append(worker.score(Task(shard.number, str(out)), progress.add))
     return answers
-
-
-def _is_finished(out: Path, run: PlannedRun) -> bool:
-    """Return whether a command has published a cache of the planned scores."""
-    return read_run(out) is None and (out / MANIFEST).exists() and read_manifest(out).identity == run.identity
 
 
 @contextlib.contextmanager

@@ -62,9 +62,8 @@ def _encoded(table: pa.Table) -> bytes:
     # Ids are hexadecimal; one that JSON would escape is damaged, and its hash is another one either way.
     row_ids, labels, pair_ids, sources = (table.column(name).combine_chunks() for name in _COLUMNS)
     pairs = pc.fill_null(pc.binary_join_element_wise('"', pc.cast(pair_ids, pa.string()), '"', ""), "null")
-    numbers = pc.cast(sources, pa.string())
     entries = pc.binary_join_element_wise(
-        '["', row_ids, '",', pc.cast(labels, pa.string()), ",", pairs, ",", numbers, "]", ""
+        '["', row_ids, '",', pc.cast(labels, pa.string()), ",", pairs, ",", pc.cast(sources, pa.string()), "]", ""
     )
     return ",".join(entries.to_pylist()).encode()
 
