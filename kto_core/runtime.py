@@ -118,6 +118,13 @@ def leave_out(package: str) -> None:
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # None is Python's sign for it
 
 
+def needless_packages(*, may_need_peft: bool, trust_remote_code: bool) -> list[str]:
+    """Return the packages to leave out of a process that trains: those that transformers would import needlessly."""
+    if trust_remote_code:  # its code may import anything
+        return []
+    return ["datasets"] if may_need_peft else ["datasets", "peft"]
+
+
 def quiet_loggers() -> None:
     """Show only the errors of libraries that log about features that no run uses."""
     for name in ("torch.distributed", "bitsandbytes"):

@@ -36,7 +36,7 @@ def test_packages_are_left_out_that_no_option_needs(
 def test_a_search_over_lora_keeps_peft() -> None:
     manifest: Any = SimpleNamespace(reference={})
     trials: Any = SimpleNamespace(base={}, space={"lora_rank": [0, 4]})
-    assert needless_of_sweep(manifest, trials) == ("datasets",)
+    assert needless_of_sweep(manifest, trials) == ["datasets"]
 
 
 def test_a_cache_behind_a_url_keeps_peft() -> None:

@@ -14,7 +14,7 @@ from offline_kto.kto_core.errors import ConfigError, ModelError, TrainingError
 from offline_kto.kto_core.launch import read_launch, settle_launch
 from offline_kto.kto_core.locations import is_url
 from offline_kto.kto_core.lock import only_writer
-from offline_kto.kto_core.runtime import importing, leave_out
+from offline_kto.kto_core.runtime import importing, leave_out, needless_packages
 from offline_kto.train.config import TrainConfig
 from offline_kto.train.report.report import write_report
 from offline_kto.train.run.folder import RUNS, refuse_occupied, refuse_unnamed
@@ -77,10 +77,11 @@ def _begun_downloads(config: TrainConfig) -> contextlib.AbstractContextManager[N
 
 def _needless(config: TrainConfig, manifests: list[Manifest]) -> list[str]:
     """Return the packages that transformers would import, and that this run never needs."""
-    if config.trust_remote_code:
-        return []
-    may_need_peft = config.lora_rank or is_url(config.cache) or any(one.reference.get("adapter") for one in manifests)
-    return ["datasets", *([] if may_need_peft else ["peft"])]
+    has_adapter = any(manifest.reference.get("adapter") for manifest in manifests)
+    return needless_packages(
+        may_need_peft=bool(config.lora_rank or is_url(config.cache) or has_adapter),
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 @contextlib.contextmanager

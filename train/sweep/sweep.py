@@ -35,6 +35,7 @@ from offline_kto.kto_core.locations import Location, is_url
 from offline_kto.kto_core.lock import LOCK, only_writer
 from offline_kto.kto_core.options import as_plain, with_absolute_paths
 from offline_kto.kto_core.redaction import hidden_url, without_secrets
+from offline_kto.kto_core.runtime import needless_packages
 from offline_kto.kto_core.streams import is_terminal
 from offline_kto.kto_core.yaml_files import named_file
 from offline_kto.train.data.held_out import check_fraction
@@ -156,12 +157,13 @@ def _rows(manifest: Manifest, trials: Trials) -> dict[str, RowsIdentity]:
     return {name: one.rows_identity for name, one in manifests.items()}
 
 
-def _needless(manifest: Manifest, trials: Trials) -> tuple[str, ...]:
+def _needless(manifest: Manifest, trials: Trials) -> list[str]:
     """Return the packages that transformers would import, and that no trial needs."""
-    if trials.base.get("trust_remote_code"):
-        return ()
-    needs_peft = "lora_rank" in trials.space or trials.base.get("lora_rank") or manifest.reference.get("adapter")
-    return ("datasets",) if needs_peft else ("datasets", "peft")
+    options = trials.base
+    may_need_peft = "lora_rank" in trials.space or options.get("lora_rank") or manifest.reference.get("adapter")
+    return needless_packages(
+        may_need_peft=bool(may_need_peft), trust_remote_code=bool(options.get("trust_remote_code"))
+    )
 
 
 def _identity(config: SweepConfig, rows: dict[str, RowsIdentity]) -> dict[str, object]:
